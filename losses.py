@@ -1,0 +1,241 @@
+"""Losses of the two papers.
+
+    gan_loss, DCDLoss, PerceptualLoss                                        DCD (arXiv 2212.14169)
+    generator_logistic_loss, discriminator_logistic_loss, dgl_generator_loss,
+    r1_penalty, PathLengthPenalty                                            StyleGAN2 and DGL-GAN (arXiv 2112.06502)
+
+Every loss is computed in float32, also under autocast. Each piece works alone: copy what you need.
+"""
+
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.models import VGG16_Weights
+from torchvision.models.vgg import cfgs, make_layers
+
+from models import InputError, load_file, load_weights
+
+# ----------------------------------------------------------------------------------------------------------------------
+# DCD
+
+
+def gan_loss(logits, is_real, mode, for_discriminator=True):
+    """Adversarial loss of a batch of logits that should be called real, or fake.
+
+    Args:
+        logits: any shape, before any sigmoid.
+        is_real: what the judged images are to be taken for; a generator wants True.
+        mode: "lsgan" (mean squared error to 1 or 0), "hinge", or "vanilla" (cross entropy).
+        for_discriminator: only hinge differs: max(0, 1 -+ logits) for the discriminator, -logits for the generator.
+
+    Returns the mean, a scalar. Raises ValueError for another mode, and for a generator's hinge loss with is_real=False.
+    """
+    logits = logits.float()
+    if mode == "lsgan":
+        return (logits - float(is_real)).square().mean()
+    if mode == "vanilla":
+        return F.softplus(-logits if is_real else logits).mean()
+    if mode != "hinge":
+        raise ValueError(f"mode is {mode!r}, expected 'lsgan', 'hinge' or 'vanilla'")
+    if for_discriminator:
+        return F.relu(1 - logits if is_real else 1 + logits).mean()
+    if not is_real:
+        raise ValueError("a generator's hinge loss has no is_real=False: it wants its images to be called real")
+    return -logits.mean()
+
+
+class DCDLoss(nn.Module):
+    """Discriminator-cooperated feature map distillation (arXiv 2212.14169, section 3.1):
+
+        L_DCD = sum_i mean | phi(c_i^S(f_i^S)) - phi(c_i^T(f_i^T)) |
+
+    f_i: the i-th tapped feature map of student and teacher; c_i: its connector, 1x1 convolution, batch norm, ReLU, to
+    the channels that the discriminator reads; phi: the teacher's discriminator up to its last hidden activation.
+
+    The teacher's connectors stay at their initialisation (were both trained, mapping everything to zero would be
+    optimal); the student's are trained with the student: optimise loss.student_connectors.parameters() too.
+
+    Args:
+        student_channels, teacher_channels: channels of each tap, lists of equal length.
+        discriminator_channels: input channels of the discriminator (3; 6 for a conditional one).
+        min_size: smallest side that phi can read (24 for a PatchGAN of three layers). Smaller taps, the inner ones of
+            a U-Net, are enlarged by a whole factor, nearest neighbour.
+    """
+
+    def __init__(self, student_channels, teacher_channels, discriminator_channels=3, min_size=24):
+        super().__init__()
+        if len(student_channels) != len(teacher_channels):
+            raise ValueError(f"{len(student_channels)} student taps and {len(teacher_channels)} teacher taps")
+
+        def connector(channels):
+            conv = nn.Conv2d(channels, discriminator_channels, 1, bias=False)
+            nn.init.normal_(conv.weight, 0.0, 0.02)
+            norm = nn.BatchNorm2d(discriminator_channels, track_running_stats=False)
+            return nn.Sequential(conv, norm, nn.ReLU())
+
+        self.student_connectors = nn.ModuleList(connector(channels) for channels in student_channels)
+        self.teacher_connectors = nn.ModuleList(connector(channels) for channels in teacher_channels)
+        self.teacher_connectors.requires_grad_(False)
+        self.min_size = min_size
+
+    def connect(self, connectors, taps):
+        """Each tap (N, C_i, H_i, W_i) through its connector -> maps (N, discriminator_channels, H'_i, W'_i)."""
+        maps = [connector(tap) for connector, tap in zip(connectors, taps, strict=True)]
+        factors = [math.ceil(self.min_size / min(x.shape[2:])) for x in maps]
+        return [F.interpolate(x, scale_factor=k) if k > 1 else x for x, k in zip(maps, factors, strict=True)]
+
+    def forward(self, student_taps, teacher_taps, phi):
+        """Returns the scalar L_DCD.
+
+        Args:
+            student_taps, teacher_taps: lists of feature maps (N, C_i, H_i, W_i), pairs of equal N, H and W.
+            phi: the discriminator's feature function, maps (M, discriminator_channels, H, W) -> features. It treats
+                the samples of a batch independently (instance norm): taps of equal size go through it as one batch.
+
+        The gradient reaches the student's taps and connectors alone: neither the teacher nor the discriminator's
+        parameters, frozen or not.
+        """
+        student_maps = self.connect(self.student_connectors, student_taps)
+        with torch.no_grad():
+            teacher_maps = self.connect(self.teacher_connectors, teacher_taps)
+        loss = 0.0
+        for size in {x.shape[2:]: None for x in student_maps}:
+            ours = torch.cat([x for x in student_maps if x.shape[2:] == size])
+            with torch.no_grad():
+                target = phi(torch.cat([x for x in teacher_maps if x.shape[2:] == size])).float()
+            # Differentiate phi with respect to its input alone, and hang that gradient on the maps.
+            with torch.enable_grad():
+                leaf = ours.detach().requires_grad_()
+                distance = (phi(leaf).float() - target).abs().mean()
+                (gradient,) = torch.autograd.grad(distance, leaf)
+            distance = distance.detach() + ((ours - ours.detach()) * gradient).float().sum()
+            loss = loss + distance * len(ours) / len(student_taps[0])  # the sum over taps of their means
+        return loss
+
+
+class PerceptualLoss(nn.Module):
+    """Style and feature distance of two images in VGG16, as DCD weighs them with 1e4 and 10.
+
+    Style: the mean absolute difference of Gram matrices, each divided by C H W, summed over relu1_2, relu2_2, relu3_3
+    and relu4_3. Feature: the mean absolute difference at relu2_2. Images go from [-1, 1] to [0, 1] and are not
+    normalised further, as in the released code.
+
+    Args:
+        weights: "auto" (ImageNet weights of torchvision, from torch's hub cache or downloaded), the path of that file,
+            or "random" for tests and demonstrations (the same random weights everywhere).
+
+    Raises InputError when the weights are missing or do not fit.
+    """
+
+    relu1_2, relu2_2, relu3_3, relu4_3 = 3, 8, 15, 22
+
+    def __init__(self, weights="auto"):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.features = make_layers(cfgs["D"], batch_norm=False)[: self.relu4_3 + 1]
+            for layer in self.features:
+                if isinstance(layer, nn.Conv2d):
+                    nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+        if weights == "auto":
+            url = VGG16_Weights.IMAGENET1K_V1.url
+            try:
+                state_dict = torch.hub.load_state_dict_from_url(
+                    url, map_location="cpu", progress=False, check_hash=True, weights_only=True
+                )
+            except (OSError, RuntimeError) as error:
+                place = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
+                raise InputError(f"no VGG16 weights: put {url} at {place}, or choose random ones ({error})") from error
+        elif weights != "random":
+            state_dict = load_file(weights)
+        if weights != "random":
+            state_dict = {k.removeprefix("features."): v for k, v in state_dict.items() if k.startswith("features.")}
+            load_weights(
+                self.features, {k: state_dict[k] for k in self.features.state_dict() if k in state_dict}, weights
+            )
+        self.requires_grad_(False)
+
+    def forward(self, images, targets, style=True, feature=True):
+        """(N, 3, H, W) in [-1, 1], twice -> (style, feature), two scalars; a term that is not asked for is 0.
+
+        The gradient reaches images alone.
+        """
+        x, y = (images + 1) / 2, (targets.detach() + 1) / 2
+        losses = {"style": torch.zeros((), device=x.device), "feature": torch.zeros((), device=x.device)}
+        for index, layer in enumerate(self.features if style else self.features[: self.relu2_2 + 1]):
+            x, y = layer(x), layer(y)
+            if style and index in (self.relu1_2, self.relu2_2, self.relu3_3, self.relu4_3):
+                losses["style"] = losses["style"] + (gram_matrix(x) - gram_matrix(y)).abs().mean()
+            if feature and index == self.relu2_2:
+                losses["feature"] = (x.float() - y.float()).abs().mean()
+        return losses["style"], losses["feature"]
+
+
+def gram_matrix(x):
+    """(N, C, H, W) -> inner products of the channels divided by C H W, (N, C, C), float32."""
+    n, c, h, w = x.shape
+    with torch.autocast(x.device.type, enabled=False):
+        x = x.float().reshape(n, c, h * w)
+        return x @ x.mT / (c * h * w)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# StyleGAN2 and DGL-GAN
+
+
+def generator_logistic_loss(logits):
+    """E[ softplus(-D(G(z))) ], the non-saturating loss; logits of any shape -> scalar."""
+    return F.softplus(-logits.float()).mean()
+
+
+def discriminator_logistic_loss(real_logits, fake_logits):
+    """E[ softplus(-D(y)) ] + E[ softplus(D(G(z))) ]; logits of any shape -> scalar."""
+    return F.softplus(-real_logits.float()).mean() + F.softplus(fake_logits.float()).mean()
+
+
+def dgl_generator_loss(student_logits, teacher_logits, weight=0.1):
+    """The student generator's objective under two judges (arXiv 2112.06502), without path length:
+
+        E[ softplus(-D_S(G_S(z))) ] + weight * E[ softplus(-D_T(G_S(z))) ]
+
+    Args:
+        student_logits: D_S(G_S(z)), any shape.
+        teacher_logits: D_T(G_S(z)) of the frozen teacher discriminator.
+        weight: lambda, 0.1 in the paper.
+    """
+    return generator_logistic_loss(student_logits) + weight * generator_logistic_loss(teacher_logits)
+
+
+def r1_penalty(logits, images):
+    """E[ |grad_y D(y)|^2 ], the gradient penalty on real images; R1's objective is gamma / 2 times it.
+
+    Args:
+        logits: D(images), computed from images that require gradients.
+        images: (N, C, H, W).
+    """
+    (gradient,) = torch.autograd.grad(logits.float().sum(), images, create_graph=True)
+    return gradient.float().square().sum((1, 2, 3)).mean()
+
+
+class PathLengthPenalty(nn.Module):
+    """Path length regularisation of StyleGAN2 (arXiv 1912.04958, equation 4): E[ (|J_w^T y| - a)^2 ].
+
+    y is Gaussian noise in image space, J_w the Jacobian of the images with respect to w, a the running mean of the
+    lengths with the given decay, kept in the state dict.
+    """
+
+    def __init__(self, decay=0.01):
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, images, latents):
+        """images (N, 3, H, W) computed from latents (N, layers, style_dim) -> scalar; moves the running mean."""
+        noise = torch.randn_like(images) / math.sqrt(images.shape[2] * images.shape[3])
+        (gradient,) = torch.autograd.grad((images * noise).sum(), latents, create_graph=True)
+        lengths = gradient.square().sum(2).mean(1).sqrt()
+        self.mean.lerp_(lengths.detach().mean(), self.decay)
+        return (lengths - self.mean).square().mean()

@@ -1,0 +1,747 @@
+"""Networks of the two papers, their weights on disk, and their cost.
+
+    ResnetGenerator, UnetGenerator, PatchDiscriminator      CycleGAN, Pix2Pix and their compressed forms (DCD)
+    StyleGAN2Generator, StyleGAN2Discriminator              StyleGAN2 at any width (DGL-GAN)
+    save_generator, load_generator, load_file, load_weights, write_atomically
+    count_macs
+
+State dicts have the keys and shapes of the reference implementations, so their checkpoints load strictly. This file
+imports nothing from the rest of the project: copy it beside a student.pt to use the compressed generator.
+
+    python models.py            # the complexity table: parameters, MACs, time per image
+"""
+
+import argparse
+import math
+import os
+import pickle
+import random
+import re
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+class InputError(ValueError):
+    """Bad input: a message of one line that says what was found, where, and what to do."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Image-to-image generators and the PatchGAN discriminator (CycleGAN, Pix2Pix, DCD)
+
+
+def make_norm(norm, channels):
+    """Instance norm without affine or running statistics, or batch norm: the two that the papers use."""
+    if norm not in ("instance", "batch"):
+        raise ValueError(f"norm is {norm!r}, expected 'instance' or 'batch'")
+    return nn.InstanceNorm2d(channels) if norm == "instance" else nn.BatchNorm2d(channels)
+
+
+def adapt_reference_keys(net, state_dict, prefix="", *_):
+    """Renames in place what the reference implementations' checkpoints spell differently; runs before every load.
+
+    Three things: a "module." in front of every key (DataParallel), running statistics of instance norms (CycleGAN
+    before 2018), and residual blocks without the dropout slot, where the second convolution is layer 5 and not 6.
+    """
+    own = net.state_dict(prefix=prefix)
+    for key in list(state_dict):
+        if key.startswith("module.") and key not in own:
+            state_dict[key.removeprefix("module.")] = state_dict.pop(key)
+    if any(".conv_block.5." in key for key in state_dict):
+        for key in sorted((k for k in state_dict if re.search(r"\.conv_block\.[56]\.", k)), reverse=True):
+            state_dict[re.sub(r"\.conv_block\.([56])\.", lambda m: f".conv_block.{int(m[1]) + 1}.", key)] = (
+                state_dict.pop(key)
+            )
+    statistics = ("running_mean", "running_var", "num_batches_tracked")
+    for key in [k for k in state_dict if k.startswith(prefix) and k.endswith(statistics) and k not in own]:
+        del state_dict[key]
+
+
+class SeparableConv(nn.Module):
+    """3x3 depthwise convolution, instance norm, pointwise convolution (the mobile ResNet of GAN Compression)."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, groups=channels),
+            nn.InstanceNorm2d(channels),
+            nn.Conv2d(channels, channels, 1),
+        )
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+class ResnetBlock(nn.Module):
+    """x + conv, norm, ReLU, dropout, conv, norm; every convolution after a reflection padding."""
+
+    def __init__(self, channels, separable, norm, dropout):
+        super().__init__()
+
+        def conv():
+            return SeparableConv(channels) if separable else nn.Conv2d(channels, channels, 3, bias=norm == "instance")
+
+        self.conv_block = nn.Sequential(
+            *(nn.ReflectionPad2d(1), conv(), make_norm(norm, channels), nn.ReLU(inplace=True), nn.Dropout(dropout)),
+            *(nn.ReflectionPad2d(1), conv(), make_norm(norm, channels)),
+        )
+
+    def forward(self, x):
+        return x + self.conv_block(x)
+
+
+class ResnetGenerator(nn.Module):
+    """The ResNet generator of CycleGAN; with separable=True the mobile ResNet of the compression papers.
+
+    Two stride-2 convolutions, n_blocks residual blocks at a quarter of the resolution, two transposed convolutions.
+
+    Args:
+        ngf: channels of the first convolution; the residual blocks have 4 ngf.
+        n_blocks: residual blocks, 3 or more.
+        norm: "instance" or "batch".
+        dropout: probability inside the residual blocks.
+    """
+
+    def __init__(
+        self, in_channels=3, out_channels=3, ngf=64, n_blocks=9, separable=False, norm="instance", dropout=0.0
+    ):
+        super().__init__()
+        if n_blocks < 3:
+            raise ValueError(f"n_blocks is {n_blocks}, expected 3 or more")
+        self.config = dict(
+            in_channels=in_channels, out_channels=out_channels, ngf=ngf, n_blocks=n_blocks, separable=separable
+        ) | dict(norm=norm, dropout=dropout)
+        bias = norm == "instance"
+        layers = [nn.ReflectionPad2d(3), nn.Conv2d(in_channels, ngf, 7, bias=bias)]
+        layers += [make_norm(norm, ngf), nn.ReLU(inplace=True)]
+        for channels in (ngf, 2 * ngf):
+            layers += [nn.Conv2d(channels, 2 * channels, 3, stride=2, padding=1, bias=bias)]
+            layers += [make_norm(norm, 2 * channels), nn.ReLU(inplace=True)]
+        first = len(layers) - 1
+        layers += [ResnetBlock(4 * ngf, separable, norm, dropout) for _ in range(n_blocks)]
+        for channels in (4 * ngf, 2 * ngf):
+            layers += [nn.ConvTranspose2d(channels, channels // 2, 3, 2, padding=1, output_padding=1, bias=bias)]
+            layers += [make_norm(norm, channels // 2), nn.ReLU(inplace=True)]
+        layers += [nn.ReflectionPad2d(3), nn.Conv2d(ngf, out_channels, 7), nn.Tanh()]
+        self.model = nn.Sequential(*layers)
+        self.tap_layers = [first + i * n_blocks // 3 for i in range(4)]  # 9, 12, 15, 18 for nine blocks
+        self.tap_channels = [4 * ngf] * 4
+        self.size_multiple = 4
+        self.register_load_state_dict_pre_hook(adapt_reference_keys)
+
+    def forward(self, x, taps=False):
+        """(N, in, H, W) in [-1, 1] -> (N, out, H, W) in [-1, 1]; H and W multiples of 4.
+
+        With taps=True returns (image, [f_1..f_4]): what enters the first residual block, and the outputs of the blocks
+        at one, two and three thirds, each (N, 4 ngf, H/4, W/4) (DCD, section 3.1).
+        """
+        tapped = []
+        for index, layer in enumerate(self.model):
+            x = layer(x)
+            if index in self.tap_layers:
+                tapped.append(x)
+        return (x, tapped) if taps else x
+
+
+class UnetBlock(nn.Module):
+    """One level of the U-Net around the next inner one: down-convolution, inner level, up-convolution, skip."""
+
+    def __init__(self, outer, inner, norm, submodule=None, in_channels=None, dropout=0.0):
+        super().__init__()
+        self.outermost = in_channels is not None
+        bias = norm == "instance"
+        down = nn.Conv2d(in_channels or outer, inner, 4, stride=2, padding=1, bias=bias)
+        up_channels = inner if submodule is None else 2 * inner
+        up = nn.ConvTranspose2d(up_channels, outer, 4, stride=2, padding=1, bias=bias or self.outermost)
+        if self.outermost:
+            layers = [down, submodule, nn.ReLU(), up, nn.Tanh()]
+        elif submodule is None:
+            layers = [nn.LeakyReLU(0.2), down, nn.ReLU(inplace=True), up, make_norm(norm, outer)]
+        else:
+            layers = [nn.LeakyReLU(0.2), down, make_norm(norm, inner), submodule, nn.ReLU(), up, make_norm(norm, outer)]
+            layers += [nn.Dropout(dropout)] if dropout else []
+        self.model = nn.Sequential(*layers)
+
+    def forward(self, x, conv_inputs):
+        """Appends the input of each convolution, in order of execution, to the list conv_inputs."""
+        y = x
+        for layer in self.model:
+            if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+                conv_inputs.append(y)
+            y = layer(y, conv_inputs) if isinstance(layer, UnetBlock) else layer(y)
+        return y if self.outermost else torch.cat([x, y], 1)
+
+
+class UnetGenerator(nn.Module):
+    """The U-Net generator of Pix2Pix: num_downs halvings, each joined to its mirror image by a skip connection.
+
+    Args:
+        ngf: channels of the outermost level; the inner ones have up to 8 ngf.
+        num_downs: levels, 5 or more; the image's sides are multiples of 2 ** num_downs.
+        norm: "instance" or "batch".
+        dropout: probability in the 8 ngf levels between the innermost and the fourth.
+    """
+
+    def __init__(self, in_channels=3, out_channels=3, ngf=64, num_downs=8, norm="instance", dropout=0.0):
+        super().__init__()
+        if num_downs < 5:
+            raise ValueError(f"num_downs is {num_downs}, expected 5 or more")
+        self.config = dict(in_channels=in_channels, out_channels=out_channels, ngf=ngf, num_downs=num_downs)
+        self.config |= dict(norm=norm, dropout=dropout)
+        block = UnetBlock(8 * ngf, 8 * ngf, norm)
+        for _ in range(num_downs - 5):
+            block = UnetBlock(8 * ngf, 8 * ngf, norm, block, dropout=dropout)
+        for outer in (4 * ngf, 2 * ngf, ngf):
+            block = UnetBlock(outer, 2 * outer, norm, block)
+        self.model = UnetBlock(out_channels, ngf, norm, block, in_channels=in_channels)
+        # The down-convolutions of levels 1, 2, .. n run first, then the up-convolutions of levels n, .. 2, 1.
+        self.tap_convs = [3 - 1, 5 - 1, 2 * num_downs - 4, 2 * num_downs - 2]
+        self.tap_channels = [2 * ngf, 8 * ngf, 16 * ngf, 4 * ngf]
+        self.size_multiple = 2**num_downs
+        self.register_load_state_dict_pre_hook(adapt_reference_keys)
+
+    def forward(self, x, taps=False):
+        """(N, in, H, W) in [-1, 1] -> (N, out, H, W) in [-1, 1]; H and W multiples of 2 ** num_downs.
+
+        With taps=True returns (image, [f_1..f_4]): what enters the down-convolutions of levels 3 and 5 and the
+        up-convolutions of levels 4 and 2, (N, 2 ngf, H/4, W/4), (N, 8 ngf, H/16, W/16), (N, 16 ngf, H/16, W/16) and
+        (N, 4 ngf, H/4, W/4).
+        """
+        conv_inputs = []
+        image = self.model(x, conv_inputs)
+        return (image, [conv_inputs[i] for i in self.tap_convs]) if taps else image
+
+
+class PatchDiscriminator(nn.Module):
+    """The PatchGAN discriminator of Pix2Pix and CycleGAN: one logit for each overlapping patch.
+
+    Args:
+        in_channels: 3, or 6 for the conditional discriminator that reads (input, image) side by side in channels.
+        ndf: channels of the first convolution.
+        n_layers: stride-2 convolutions; 3 gives the 70x70 patches of the papers.
+        norm: "instance" or "batch".
+    """
+
+    def __init__(self, in_channels=3, ndf=64, n_layers=3, norm="instance"):
+        super().__init__()
+        bias = norm == "instance"
+        layers = [nn.Conv2d(in_channels, ndf, 4, stride=2, padding=1), nn.LeakyReLU(0.2, inplace=True)]
+        channels = ndf
+        for n in range(1, n_layers + 1):
+            wider = ndf * min(2**n, 8)
+            layers += [nn.Conv2d(channels, wider, 4, stride=2 if n < n_layers else 1, padding=1, bias=bias)]
+            layers += [make_norm(norm, wider), nn.LeakyReLU(0.2, inplace=True)]
+            channels = wider
+        layers += [nn.Conv2d(channels, 1, 4, stride=1, padding=1)]
+        self.model = nn.Sequential(*layers)
+        self.min_size = 3 * 2**n_layers  # below it the last hidden map is one pixel: instance norm has nothing to do
+        self.register_load_state_dict_pre_hook(adapt_reference_keys)
+
+    def features(self, x):
+        """(N, in, H, W) -> the last hidden activation, (N, 8 ndf, H/8 - 1, W/8 - 1); H and W at least min_size."""
+        return self.model[:-1](x)
+
+    def forward(self, x):
+        """(N, in, H, W) in [-1, 1] -> logits (N, 1, H/8 - 2, W/8 - 2)."""
+        return self.model(x)
+
+
+def init_weights(net, std=0.02):
+    """Initialises convolutions and linear layers from N(0, std), batch norm scales from N(1, std), biases with 0."""
+    for module in net.modules():
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+            nn.init.normal_(module.weight, 0.0, std)
+        elif isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.weight, 1.0, std)
+        else:
+            continue
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    return net
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# StyleGAN2 (Karras et al., arXiv 1912.04958), in stock operations
+
+
+def disable_autocast(x):
+    return torch.autocast(x.device.type, enabled=False)
+
+
+class PixelNorm(nn.Module):
+    """Scales every latent to unit mean square."""
+
+    def forward(self, z):
+        return z * torch.rsqrt(z.square().mean(1, keepdim=True) + 1e-8)
+
+
+class EqualLinear(nn.Module):
+    """Linear layer with equalised learning rate: weights of unit variance, scaled when used; always in float32."""
+
+    def __init__(self, in_features, out_features, bias_init=0.0, lr_multiplier=1.0, activate=False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out_features, in_features) / lr_multiplier)
+        self.bias = nn.Parameter(torch.full((out_features,), float(bias_init)))
+        self.scale = lr_multiplier / math.sqrt(in_features)
+        self.lr_multiplier = lr_multiplier
+        self.activate = activate
+
+    def forward(self, x):
+        with disable_autocast(x):
+            x = F.linear(x.float(), self.weight * self.scale, self.bias * self.lr_multiplier)
+            return F.leaky_relu(x, 0.2) * math.sqrt(2) if self.activate else x
+
+
+class EqualConv2d(nn.Module):
+    """Convolution without bias, with equalised learning rate."""
+
+    def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))
+        self.scale = 1 / math.sqrt(in_channels * kernel_size**2)
+        self.stride, self.padding = stride, padding
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight * self.scale, stride=self.stride, padding=self.padding)
+
+
+class BiasLeakyReLU(nn.Module):
+    """Adds a bias per channel, leaky ReLU, and the gain sqrt(2) that keeps the variance."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x):
+        return F.leaky_relu(x + self.bias.to(x.dtype).view(1, -1, 1, 1), 0.2) * math.sqrt(2)
+
+
+class Blur(nn.Module):
+    """Low-pass filter 1 3 3 1 along both axes, with stride or, upsample=True, after inserting zeros between pixels.
+
+    Runs in the type of its input even under autocast, so that the RGB images stay in float32.
+    """
+
+    def __init__(self, padding, stride=1, gain=1.0, upsample=False):
+        super().__init__()
+        taps = torch.tensor([1.0, 3.0, 3.0, 1.0])
+        self.register_buffer("kernel", torch.outer(taps, taps) / 64 * gain)
+        self.padding, self.stride = padding, stride
+        self.convolve = F.conv_transpose2d if upsample else F.conv2d
+
+    def forward(self, x):
+        kernel = self.kernel.to(x.dtype).expand(x.shape[1], 1, 4, 4)
+        with disable_autocast(x):
+            return self.convolve(x, kernel, stride=self.stride, padding=self.padding, groups=x.shape[1])
+
+
+class ModulatedConv2d(nn.Module):
+    """Convolution whose weights are scaled per sample by a style and normalised again (section 2.2).
+
+    The weights are the same for all samples: scaling the input by the style and the output by the demodulation factor
+    equals convolving every sample with weights of its own, and is one ordinary convolution.
+    """
+
+    def __init__(self, in_channels, out_channels, kernel_size, style_dim, demodulate=True, upsample=False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(1, out_channels, in_channels, kernel_size, kernel_size))
+        self.modulation = EqualLinear(style_dim, in_channels, bias_init=1.0)
+        self.scale = 1 / math.sqrt(in_channels * kernel_size**2)
+        self.padding = kernel_size // 2
+        self.demodulate = demodulate
+        self.upsample = upsample
+        if upsample:
+            self.blur = Blur(padding=1, gain=4.0)
+
+    def forward(self, x, style):
+        style = self.modulation(style)
+        weight = self.weight[0] * self.scale
+        x = x * style.to(x.dtype)[:, :, None, None]
+        if self.upsample:
+            x = self.blur(F.conv_transpose2d(x, weight.transpose(0, 1), stride=2))
+        else:
+            x = F.conv2d(x, weight, padding=self.padding)
+        if self.demodulate:
+            with disable_autocast(x):
+                demodulation = torch.rsqrt(style.square() @ weight.square().sum((2, 3)).t() + 1e-8)
+            x = x * demodulation.to(x.dtype)[:, :, None, None]
+        return x
+
+
+class NoiseInjection(nn.Module):
+    """Adds noise, the same for all channels, with a learned strength."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x, noise):
+        return x + (self.weight * noise).to(x.dtype)
+
+
+class StyledConv(nn.Module):
+    def __init__(self, in_channels, out_channels, style_dim, upsample=False):
+        super().__init__()
+        self.conv = ModulatedConv2d(in_channels, out_channels, 3, style_dim, upsample=upsample)
+        self.noise = NoiseInjection()
+        self.activate = BiasLeakyReLU(out_channels)
+
+    def forward(self, x, style, noise):
+        return self.activate(self.noise(self.conv(x, style), noise))
+
+
+class ToRGB(nn.Module):
+    """1x1 convolution to RGB, added in float32 to the upsampled RGB of the resolution below (skip generator)."""
+
+    def __init__(self, in_channels, style_dim, upsample=True):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(1, 3, 1, 1))
+        self.conv = ModulatedConv2d(in_channels, 3, 1, style_dim, demodulate=False)
+        if upsample:
+            self.upsample = Blur(padding=1, stride=2, gain=4.0, upsample=True)
+
+    def forward(self, x, style, skip=None):
+        rgb = self.conv(x, style).float() + self.bias
+        return rgb if skip is None else rgb + self.upsample(skip)
+
+
+class ConstantInput(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.input = nn.Parameter(torch.randn(1, channels, 4, 4))
+
+
+def stylegan2_channels(size, channel_multiplier, width):
+    """Channels at each resolution 4..size of StyleGAN2 config f (channel_multiplier 2), scaled by width."""
+    if size not in (8, 16, 32, 64, 128, 256, 512, 1024):
+        raise ValueError(f"size is {size}, expected a power of two from 8 to 1024")
+    full = {4: 512, 8: 512, 16: 512, 32: 512} | {r: 16384 // r * channel_multiplier for r in (64, 128, 256, 512, 1024)}
+    return {r: max(1, round(c * width)) for r, c in full.items() if r <= size}
+
+
+class StyleGAN2Generator(nn.Module):
+    """The generator of StyleGAN2 with skip connections (config f: channel_multiplier 2).
+
+    Args:
+        size: side of the images, a power of two from 8 to 1024.
+        style_dim: width of z, w and the mapping network.
+        n_mlp: layers of the mapping network.
+        width: factor on every channel count of the synthesis network; 0.5 is DGL-GAN's half-width student.
+    """
+
+    def __init__(self, size, style_dim=512, n_mlp=8, channel_multiplier=2, width=1.0):
+        super().__init__()
+        self.config = dict(size=size, style_dim=style_dim, n_mlp=n_mlp)
+        self.config |= dict(channel_multiplier=channel_multiplier, width=width)
+        channels = stylegan2_channels(size, channel_multiplier, width)
+        self.style_dim = style_dim
+        mapping = [EqualLinear(style_dim, style_dim, lr_multiplier=0.01, activate=True) for _ in range(n_mlp)]
+        self.style = nn.Sequential(PixelNorm(), *mapping)
+        self.input = ConstantInput(channels[4])
+        self.conv1 = StyledConv(channels[4], channels[4], style_dim)
+        self.to_rgb1 = ToRGB(channels[4], style_dim, upsample=False)
+        self.convs, self.to_rgbs, self.noises = nn.ModuleList(), nn.ModuleList(), nn.Module()
+        self.noises.register_buffer("noise_0", torch.randn(1, 1, 4, 4))
+        for i, resolution in enumerate(list(channels)[1:]):
+            wide = channels[resolution]
+            self.convs += [StyledConv(channels[resolution // 2], wide, style_dim, upsample=True)]
+            self.convs += [StyledConv(wide, wide, style_dim)]
+            self.to_rgbs += [ToRGB(wide, style_dim)]
+            for n in (2 * i + 1, 2 * i + 2):
+                self.noises.register_buffer(f"noise_{n}", torch.randn(1, 1, resolution, resolution))
+        self.n_latent = len(self.convs) + 2
+        self.register_load_state_dict_pre_hook(adapt_reference_keys)
+
+    def mean_latent(self, n_samples=4096):
+        """Mean of w over n_samples random z, (1, style_dim): the centre of truncation."""
+        z = torch.randn(n_samples, self.style_dim, device=self.input.input.device)
+        return self.style(z).mean(0, keepdim=True)
+
+    def mapping(self, z, inject_index=None):
+        """z (N, style_dim), or a list of two, -> w for every layer, (N, n_latent, style_dim).
+
+        With two latents, layers from inject_index (random when None) on use the second: style mixing.
+        """
+        z = [z] if isinstance(z, torch.Tensor) else z
+        return self.broadcast_latents(self.style(torch.cat(list(z))).chunk(len(z)), inject_index)
+
+    def broadcast_latents(self, w, inject_index=None):
+        if len(w) == 1:
+            return w[0] if w[0].ndim == 3 else w[0].unsqueeze(1).expand(-1, self.n_latent, -1)
+        index = random.randint(1, self.n_latent - 1) if inject_index is None else inject_index
+        first, second = (v.unsqueeze(1).expand(-1, self.n_latent, -1) for v in w)
+        return torch.cat([first[:, :index], second[:, index:]], 1)
+
+    def synthesis(self, latents, noise="random"):
+        """w (N, n_latent, style_dim) -> images (N, 3, size, size); noise "random" or "fixed" (the buffers)."""
+
+        def layer_noise(n):
+            buffer = getattr(self.noises, f"noise_{n}")
+            return buffer.new_empty(len(latents), *buffer.shape[1:]).normal_() if noise == "random" else buffer
+
+        x = self.input.input.repeat(len(latents), 1, 1, 1)
+        x = self.conv1(x, latents[:, 0], layer_noise(0))
+        image = self.to_rgb1(x, latents[:, 1])
+        for i, to_rgb in enumerate(self.to_rgbs):
+            x = self.convs[2 * i](x, latents[:, 2 * i + 1], layer_noise(2 * i + 1))
+            x = self.convs[2 * i + 1](x, latents[:, 2 * i + 2], layer_noise(2 * i + 2))
+            image = to_rgb(x, latents[:, 2 * i + 3], image)
+        return image
+
+    def forward(
+        self,
+        z,
+        truncation=1.0,
+        mean_latent=None,
+        inject_index=None,
+        input_is_latent=False,
+        return_latents=False,
+        noise="random",
+    ):
+        """Latents -> images (N, 3, size, size), trained towards [-1, 1] but not bounded.
+
+        Args:
+            z: (N, style_dim) from N(0, 1), or a list of two for style mixing; w when input_is_latent, where
+                (N, n_latent, style_dim) gives every layer its own.
+            truncation: moves w towards mean_latent: mean + truncation * (w - mean).
+            inject_index: first layer of the second latent; random when None.
+            return_latents: return (images, w of every layer).
+            noise: "random" or "fixed".
+
+        Raises:
+            ValueError: noise is neither, or truncation without mean_latent.
+        """
+        if noise not in ("random", "fixed"):
+            raise ValueError(f"noise is {noise!r}, expected 'random' or 'fixed'")
+        if truncation != 1 and mean_latent is None:
+            raise ValueError(f"truncation {truncation} needs mean_latent: pass generator.mean_latent()")
+        z = [z] if isinstance(z, torch.Tensor) else list(z)
+        w = z if input_is_latent else self.style(torch.cat(z)).chunk(len(z))
+        if truncation != 1:
+            w = [mean_latent + truncation * (v - mean_latent) for v in w]
+        latents = self.broadcast_latents(w, inject_index)
+        image = self.synthesis(latents, noise)
+        return (image, latents) if return_latents else image
+
+
+def conv_layer(in_channels, out_channels, kernel_size, downsample=False, activate=True):
+    """Convolution of the discriminator; downsample filters first (1 3 3 1), then takes every second pixel."""
+    layers = []
+    if downsample and kernel_size == 1:  # the pixels that a strided 1x1 convolution would skip are not filtered at all
+        layers += [Blur(padding=1, stride=2), EqualConv2d(in_channels, out_channels, 1)]
+    elif downsample:
+        layers += [Blur(padding=2), EqualConv2d(in_channels, out_channels, kernel_size, stride=2)]
+    else:
+        layers += [EqualConv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2)]
+    return nn.Sequential(*layers, BiasLeakyReLU(out_channels)) if activate else nn.Sequential(*layers)
+
+
+class ResidualDownBlock(nn.Module):
+    def __init__(self, in_channels, out_channels):
+        super().__init__()
+        self.conv1 = conv_layer(in_channels, in_channels, 3)
+        self.conv2 = conv_layer(in_channels, out_channels, 3, downsample=True)
+        self.skip = conv_layer(in_channels, out_channels, 1, downsample=True, activate=False)
+
+    def forward(self, x):
+        return (self.conv2(self.conv1(x)) + self.skip(x)) / math.sqrt(2)
+
+
+class StyleGAN2Discriminator(nn.Module):
+    """The residual discriminator of StyleGAN2, with minibatch standard deviation over groups of four.
+
+    Args:
+        size: side of the images, a power of two from 8 to 1024.
+        width: factor on every channel count.
+    """
+
+    def __init__(self, size, channel_multiplier=2, width=1.0):
+        super().__init__()
+        channels = stylegan2_channels(size, channel_multiplier, width)
+        down = [ResidualDownBlock(channels[r], channels[r // 2]) for r in sorted(channels, reverse=True)[:-1]]
+        self.convs = nn.Sequential(conv_layer(3, channels[size], 1), *down)
+        self.final_conv = conv_layer(channels[4] + 1, channels[4], 3)
+        self.final_linear = nn.Sequential(
+            EqualLinear(channels[4] * 16, channels[4], activate=True), EqualLinear(channels[4], 1)
+        )
+        self.register_load_state_dict_pre_hook(adapt_reference_keys)
+
+    def forward(self, images):
+        """(N, 3, size, size) -> logits (N, 1), float32.
+
+        The standard deviation is taken over groups of the largest size up to 4 that divides N: samples n, n + N/4, ..
+        """
+        x = self.convs(images)
+        n, c, h, w = x.shape
+        group = next(g for g in (4, 3, 2, 1) if n % g == 0)
+        with disable_autocast(x):
+            variance = x.float().view(group, n // group, c, h, w).var(0, correction=0)
+            deviation = (variance + 1e-8).sqrt().mean((1, 2, 3))
+        deviation = deviation.to(x.dtype).repeat(group).view(n, 1, 1, 1).expand(n, 1, h, w)
+        x = self.final_conv(torch.cat([x, deviation], 1))
+        return self.final_linear(x.flatten(1))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Weights on disk
+
+
+def write_atomically(path, write):
+    """Calls write(file) on a temporary file beside path, flushes it to disk, and moves it into place.
+
+    A process that is killed at any moment leaves the old file or the new one, whole. Raises OSError (disk full, no
+    permission), the old file being untouched.
+    """
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def load_file(path):
+    """Reads a checkpoint: tensors, containers, numbers, strings and argparse.Namespace; nothing in it is executed.
+
+    Raises InputError when the file is missing, not a checkpoint, truncated, or holds anything else.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)|[Tt]ype (\S+)|(\S+) was not an allowed global", str(error))
+        detail = f"it asks for {next(filter(None, found.groups()))}" if found else "it is damaged or no checkpoint"
+        raise InputError(f"{path}: refused, only plain tensors are loaded and {detail}") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a checkpoint, or truncated; copy it again ({type(error).__name__})") from error
+
+
+def load_weights(net, state_dict, source):
+    """Loads a state dict strictly, the reference implementations' spelling included.
+
+    Raises InputError naming source and the first parameter that does not fit, with both shapes.
+    """
+    if not isinstance(state_dict, dict) or not all(isinstance(v, torch.Tensor) for v in state_dict.values()):
+        raise InputError(f"{source}: expected a state dict (names to tensors), found {type(state_dict).__name__}")
+    state_dict = dict(state_dict)
+    adapt_reference_keys(net, state_dict)
+    expected = {key: tuple(value.shape) for key, value in net.state_dict().items()}
+    for key, shape in expected.items():
+        if key not in state_dict:
+            raise InputError(f"{source}: does not fit {type(net).__name__}: it has no {key}, expected shape {shape}")
+        if tuple(state_dict[key].shape) != shape:
+            found = tuple(state_dict[key].shape)
+            raise InputError(
+                f"{source}: does not fit this {type(net).__name__}: {key} has shape {found}, expected {shape}"
+            )
+    for key in state_dict:
+        if key not in expected:
+            raise InputError(f"{source}: does not fit {type(net).__name__}: it has {key}, which this network has not")
+    net.load_state_dict(state_dict)
+
+
+def save_generator(path, net):
+    """Writes the generator's weights and the arguments needed to rebuild it; load_generator reads it anywhere."""
+    state_dict = {key: value.detach().cpu().contiguous() for key, value in net.state_dict().items()}
+    content = {"network": type(net).__name__, "config": net.config, "state_dict": state_dict}
+    write_atomically(path, lambda file: torch.save(content, file))
+
+
+def load_generator(path, device="cpu"):
+    """Rebuilds the generator that save_generator wrote, in eval mode on device.
+
+    Raises InputError when the file is missing, damaged or something else.
+    """
+    content = load_file(path)
+    classes = {cls.__name__: cls for cls in (ResnetGenerator, UnetGenerator, StyleGAN2Generator)}
+    if not isinstance(content, dict) or content.get("network") not in classes or "state_dict" not in content:
+        raise InputError(f"{path}: not a file of save_generator; for a bare state dict build the network and load it")
+    net = classes[content["network"]](**content["config"])
+    load_weights(net, content["state_dict"], path)
+    return net.to(device).eval()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Cost
+
+
+def published_conv_flops(x_shape, w_shape, _bias, _stride, _padding, _dilation, _transposed, *_, out_shape=None, **__):
+    """Two operations per weight and output pixel, also of a transposed convolution, where the exact count is per input
+    pixel: the counter of the GAN compression papers counts a stride-2 transposed convolution four times over."""
+    return 2 * out_shape[0] * math.prod(out_shape[2:]) * math.prod(w_shape)
+
+
+def count_macs(net, *inputs, published=False):
+    """Multiply-accumulates of net(*inputs): convolutions and matrix products.
+
+    Args:
+        published: count as the compression papers do (see published_conv_flops), to compare with their tables.
+    """
+    custom = {torch.ops.aten.convolution: published_conv_flops} if published else {}
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=custom) as counter:
+        net(*inputs)
+    return counter.get_total_flops() // 2
+
+
+def seconds_per_call(net, *inputs, repeats=3):
+    """Best wall time of net(*inputs) over some repeats, after one warm-up."""
+    times = []
+    with torch.inference_mode():
+        for _ in range(repeats + 1):
+            start = time.perf_counter()
+            net(*inputs)
+            if inputs[0].is_cuda:
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def main():
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    image, z = torch.randn(1, 3, 256, 256, device=device), torch.randn(1, 512, device=device)
+    resnet, unet, stylegan2 = ResnetGenerator, UnetGenerator, StyleGAN2Generator
+    groups = [
+        [
+            ("ResNet-9, ngf 64 (original)", lambda: resnet(), image),
+            ("mobile ResNet-9, ngf 64", lambda: resnet(separable=True), image),
+            ("mobile ResNet-9, ngf 16 (DCD)", lambda: resnet(ngf=16, separable=True), image),
+        ],
+        [
+            ("U-Net-256, ngf 64 (original)", lambda: unet(), image),
+            ("U-Net-256, ngf 16 (DCD)", lambda: unet(ngf=16), image),
+        ],
+    ]
+    for size in (256, 1024):
+        names = {1.0: "(original)", 0.5: "1/2 (DGL)", 0.25: "1/4 (DGL)"}
+        groups += [
+            [(f"StyleGAN2-{size}, width {names[w]}", lambda s=size, w=w: stylegan2(s, width=w), z) for w in names]
+        ]
+    print(f"{'':32}{'parameters':>18}{'MACs, exact':>19}{'MACs, published':>20}{'time per image':>16}")
+    for group in groups:
+        original = None
+        for name, build, x in group:
+            net = build().to(device).eval()
+            cost = (sum(p.numel() for p in net.parameters()), count_macs(net, x), count_macs(net, x, published=True))
+            original = original or cost
+            params, exact, published = (
+                f"{value / unit:.3f}{letter} {first / value:5.1f}x"
+                for value, first, unit, letter in zip(cost, original, (1e6, 1e9, 1e9), "MGG", strict=True)
+            )
+            milliseconds = 1000 * seconds_per_call(net, x)
+            print(f"{name:32}{params:>18}{exact:>19}{published:>20}{milliseconds:13.1f} ms", flush=True)
+    print(f"\nTime on {device} ({torch.get_num_threads()} threads), batch 1, float32; image networks at 256x256.")
+    print("Published MACs: the convention of the papers' tables, which counts transposed convolutions four times.")
+
+
+if __name__ == "__main__":
+    main()
