@@ -12,6 +12,7 @@ imports nothing from the rest of the project: copy it beside a student.pt to use
 """
 
 import argparse
+import json
 import math
 import os
 import pickle
@@ -606,6 +607,26 @@ def write_atomically(path, write):
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_json(path, content):
+    write_atomically(path, lambda file: file.write((json.dumps(content, indent=1) + "\n").encode()))
+
+
+def save_checkpoint(path, networks, content):
+    """Writes the weights of networks (name to module) and content, anything that load_file reads.
+
+    Raises SystemExit, the file at path being untouched, when a weight is not finite or the disk is full.
+    """
+    for name, net in networks.items():
+        for key, value in net.state_dict().items():
+            if not value.isfinite().all():
+                raise SystemExit(f"error: diverged, {name} {key} is not finite; the last checkpoint stays: {path}")
+    content = content | {"networks": {name: net.state_dict() for name, net in networks.items()}}
+    try:
+        write_atomically(path, lambda file: torch.save(content, file))
+    except (OSError, RuntimeError) as error:
+        raise SystemExit(f"error: {path}: not saved ({error}); the last checkpoint stays") from error
 
 
 def load_file(path):
