@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.utils import make_grid, save_image
 
 import fid
-from fid import FeatureStats, ImageFiles, frechet_distance, load_inception, pick_device
+from fid import FeatureStats, ImageFiles, at_least, frechet_distance, gather, load_inception, pick_device, processes
 from losses import DCDLoss, PerceptualLoss, gan_loss
 from models import (
     InputError,
@@ -225,19 +225,6 @@ def fail(error):
     sys.exit(2)
 
 
-def at_least(minimum):
-    """An argparse type: a finite number of the minimum's own type, not below it."""
-
-    def parse(text):
-        value = type(minimum)(text)
-        if not minimum <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not {minimum} or more")
-        return value
-
-    parse.__name__ = type(minimum).__name__
-    return parse
-
-
 def add_run_options(parser, eval_unit, eval_every):
     at = parser.add_argument_group("run").add_argument
     at("--out", metavar="FOLDER", help=f"output folder (runs/{NAME}_DATA)")
@@ -278,19 +265,9 @@ def start_processes(args):
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1 and not dist.is_initialized():
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    return device, dist.get_rank() if world > 1 else 0, world
-
-
-def max_over_processes(value, world):
-    """The largest of the processes' numbers, agreed over the CPU so that no GPU waits for it."""
-    if world == 1:
-        return value
-    value = torch.tensor(float(value))
-    dist.all_reduce(value, dist.ReduceOp.MAX)
-    return int(value)
+    return device, *processes()
 
 
 def share_weights(modules, world):
@@ -350,37 +327,29 @@ def open_output(args, step):
 
 
 class LossMeter:
-    """Mean of each loss since the last log line; sums stay on the device until they are read."""
+    """Mean of each loss since the last log line; the sums stay on the device until they are read."""
 
-    def __init__(self):
-        self.sums, self.counts = {}, {}
+    def __init__(self, sums=()):
+        self.sums = dict(sums)  # name: (sum, count)
 
     def add(self, **losses):
         for name, loss in losses.items():
-            self.sums[name] = self.sums.get(name, 0) + loss.detach()
-            self.counts[name] = self.counts.get(name, 0) + 1
+            total, count = self.sums.get(name, (0.0, 0))
+            self.sums[name] = total + loss.detach(), count + 1
 
-    def means(self, step, world):
+    def state(self):
+        return {name: (float(total), count) for name, (total, count) in self.sums.items()}
+
+    def means(self, step):
         """{name: mean over steps and processes}; stops the run when one is not finite."""
-        if not self.sums:
-            return {}
-        values = torch.stack([self.sums[name] / self.counts[name] for name in self.sums])
-        if world > 1:
-            dist.all_reduce(values)
-        means = dict(zip(self.sums, (values / world).tolist(), strict=True))
+        states = gather(self.state())
+        means = {k: sum(state[k][0] / state[k][1] for state in states) / len(states) for k in self.sums}
         for name, mean in means.items():
             if not math.isfinite(mean):
                 raise SystemExit(
                     f"error: diverged, the loss {name} is {mean} at step {step}; the last checkpoint stays"
                 )
         return means
-
-    def state(self):
-        return {name: (float(self.sums[name]), self.counts[name]) for name in self.sums}
-
-    def restore(self, state, device):
-        self.sums = {name: torch.tensor(total, device=device) for name, (total, _) in state.items()}
-        self.counts = {name: count for name, (_, count) in state.items()}
 
 
 stop_signals = []
@@ -441,7 +410,7 @@ def train(args, checkpoint):
     data = Path(args.data or out / "toy_data")
     if not args.data and rank == 0 and not data.exists():
         write_toy_dataset(data)
-    max_over_processes(0, world)  # wait for rank 0
+    gather(None)  # wait for rank 0
     source, target = args.direction[0], args.direction[-1]
     train_A, train_B, test_A, test_B = (
         ImageFiles(data / f"{phase}{domain}") for phase in ("train", "test") for domain in (source, target)
@@ -461,8 +430,8 @@ def train(args, checkpoint):
     dcd_loss = DCDLoss(student_G.tap_channels, teacher_G.tap_channels, 3, teacher_D.min_size)
     smallest = teacher_D.min_size * student_G.size_multiple
     if args.crop_size < smallest or args.crop_size % student_G.size_multiple:
-        detail = f"the discriminator cannot read its taps below {smallest}, and it is halved twice"
-        raise InputError(f"--crop-size is {args.crop_size}, expected a multiple of 4 from {smallest} on: {detail}")
+        why = "the discriminator cannot read the feature maps of a smaller one"
+        raise InputError(f"--crop-size is {args.crop_size}, expected a multiple of 4 that is {smallest} or more: {why}")
     perceptual_loss = PerceptualLoss(args.vgg) if args.lambda_style or args.lambda_feature else None
     inception = load_inception(args.inception, device) if args.eval_every and args.inception != "none" else None
     teacher = dict(teacher_G=teacher_G, teacher_F=teacher_F, teacher_D=teacher_D, teacher_D_A=teacher_D_A)
@@ -525,21 +494,16 @@ def train(args, checkpoint):
         mine = checkpoint["ranks"][rank]
         for name, pool in pools.items():
             pool.images = [image.to(device) for image in mine["pools"][name]]
-        meter.restore(mine["meter"], device)
+        meter = LossMeter(mine["meter"])
         restore_random_state(mine["random"], device)
     else:
         random.seed(args.seed + rank)
         torch.manual_seed(args.seed + rank)
 
     def save(step):
-        mine = dict(random=random_state(device), meter=meter.state())
-        mine["pools"] = {name: [image.cpu() for image in pool.images] for name, pool in pools.items()}
-        ranks = [None] * world if rank == 0 else None
-        if world > 1:
-            dist.gather_object(mine, ranks)
-        else:
-            ranks = [mine]
-        meter.means(step, world)  # stops here rather than save a run that has diverged
+        meter.means(step)  # stops here rather than save a run that has diverged
+        pooled = {name: [image.cpu() for image in pool.images] for name, pool in pools.items()}
+        ranks = gather(dict(random=random_state(device), meter=meter.state(), pools=pooled))
         if rank == 0:
             content = dict(step=step, args=vars(args), world=world, images=len(dataset), best=best, ranks=ranks)
             content["optimizers"] = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
@@ -566,7 +530,7 @@ def train(args, checkpoint):
         """Fréchet distance of both generators' translations to the real test images -> {"FID teacher": ..}."""
         key = hashlib.sha256(repr((test_B.fingerprint(), args.crop_size, args.inception)).encode()).hexdigest()[:12]
         path = out / f"reference_{key}.npz"
-        if max_over_processes(not path.exists(), world):
+        if not all(gather(path.exists())):
             reference = test_stats(test_B)
             if rank == 0:
                 reference.save(path)
@@ -644,7 +608,7 @@ def train(args, checkpoint):
             with autocast(), torch.no_grad():
                 fake_B, taps = teacher_G(real_A, taps=True)
 
-        # Student: L_S = lambda_gan L_GAN(D_T(G_S(x))) + lambda_dcd L_DCD + lambda_style L_style + lambda_feature L_feature
+        # Student: L_S = lambda_gan L_GAN(D_T(G_S(x))) + lambda_dcd L_DCD + lambda_style L_style + lambda_feature L_feat
         terms = {}
         with autocast():
             fake_S, student_taps = student_G(real_A, taps=True)
@@ -687,8 +651,8 @@ def train(args, checkpoint):
         done = step + 1
         last = done == last_step
         images = done * global_batch
-        if done % args.log_every == 0 or last:
-            means = meter.means(done, world)
+        if done % args.log_every == 0 or done == schedule_steps:
+            means = meter.means(done)
             meter = LossMeter()
             rate = (done - logged_step) * global_batch / (time.perf_counter() - since)
             if rank == 0:
@@ -703,18 +667,19 @@ def train(args, checkpoint):
                     f"step {done}/{last_step}  epoch {epoch:.2f}  {losses}  {rate:.1f} images/s  {left} left",
                     flush=True,
                 )
-        if inception and (done % (args.eval_every * epoch_steps) == 0 or last):
+        due = inception and (done % (args.eval_every * epoch_steps) == 0 or done == schedule_steps)
+        if due or (inception and last):
             last_metrics = evaluate()
             say("  ".join(f"{name} {value:.2f}" for name, value in last_metrics.items()), flush=True)
             score = last_metrics[f"{inception.metric} student"]
-            if rank == 0:
+            if rank == 0 and due:  # the log of a run cut short by --max-steps goes on as if it had not been
                 log(dict(step=done) | last_metrics)
-                if score < best:
-                    save_generator(out / "best_student.pt", student_G)
+            if rank == 0 and score < best:
+                save_generator(out / "best_student.pt", student_G)
             best = min(best, score)
         if rank == 0 and args.sample_every and (done % args.sample_every == 0 or last):
             save_samples(done)
-        stop = max_over_processes(stop_signals[0] if stop_signals else 0, world)
+        stop = max(gather(stop_signals[0] if stop_signals else 0))
         if done % args.save_every == 0 or last or stop:
             save(done)
         if stop and not last:
