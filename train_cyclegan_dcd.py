@@ -228,8 +228,9 @@ def fail(error):
 def add_run_options(parser, eval_unit, eval_every):
     at = parser.add_argument_group("run").add_argument
     at("--out", metavar="FOLDER", help=f"output folder (runs/{NAME}_DATA)")
-    at("--resume", action="store_true", help="continue from OUT/checkpoint.pt")
-    at("--overwrite", action="store_true", help="replace the run that OUT holds")
+    either = parser.add_mutually_exclusive_group().add_argument
+    either("--resume", action="store_true", help="continue from OUT/checkpoint.pt")
+    either("--overwrite", action="store_true", help="replace the run that OUT holds")
     at("--device", default="auto", help="auto, cpu, cuda (auto)")
     at("--amp", choices=("auto", "bf16", "off"), default="auto", help="mixed precision; auto: bf16 on CUDA")
     at("--compile", action="store_true", help="compile the networks with torch.compile")
@@ -247,7 +248,7 @@ FREE = "data teacher out resume overwrite device workers compile max_steps log_e
 def read_checkpoint(args, parser, argv):
     """Reads OUT/checkpoint.pt -> (arguments completed from it, checkpoint); refuses options that contradict it."""
     checkpoint = load_file(Path(args.out, "checkpoint.pt"))
-    saved = checkpoint["args"]
+    saved = checkpoint["args"] | dict(overwrite=False)
     parser.set_defaults(**saved)
     completed = parser.parse_args(argv)
     completed.out = args.out
@@ -316,10 +317,11 @@ def open_output(args, step):
     """Makes the output folder; drops a replaced run's files, and log lines after the step that is resumed from."""
     out = Path(args.out)
     (out / "samples").mkdir(parents=True, exist_ok=True)
-    if not args.resume:
-        for old in (*out.glob("*.pt"), *out.glob("*.json*"), *out.glob("samples/*.png")):
-            old.unlink()
-    elif (out / "log.jsonl").exists():
+    if args.overwrite:
+        files = ("checkpoint.pt", "student.pt", "best_student.pt", "log.jsonl", "summary.json")
+        for old in (*(out / name for name in files), *out.glob("samples/*.png")):
+            old.unlink(missing_ok=True)
+    if args.resume and (out / "log.jsonl").exists():
         lines = [line for line in (out / "log.jsonl").read_text().splitlines(keepends=True) if line.endswith("}\n")]
         lines = [line for line in lines if json.loads(line)["step"] <= step]
         write_atomically(out / "log.jsonl", lambda file: file.write("".join(lines).encode()))
@@ -717,7 +719,7 @@ def train(args, checkpoint):
 def main(argv=None):
     try:
         train(*parse_args(argv))
-    except (InputError, fid.InputError) as error:
+    except (InputError, fid.InputError, OSError) as error:
         fail(error)
     if dist.is_initialized():
         dist.destroy_process_group()
