@@ -109,6 +109,8 @@ def parse_args(argv):
     args, checkpoint = read_checkpoint(args, parser, argv) if args.resume else (args, None)
     if not any((args.lambda_gan, args.lambda_dcd, args.lambda_style, args.lambda_feature)):
         fail("all four weights of the student's objective are 0: nothing would be learnt")
+    if args.freeze_teacher and not args.teacher:
+        fail("--freeze-teacher needs --teacher FILE: an untrained teacher has nothing to teach")
     if args.load_size < args.crop_size:
         fail(f"--load-size {args.load_size} is smaller than --crop-size {args.crop_size}")
     return args, checkpoint
@@ -519,7 +521,8 @@ def train(args, checkpoint):
     # Evaluation: every process takes its share of the test images; quantised like the files that fid.py reads.
     def test_stats(files, translate=lambda x: x):
         share = range(rank, len(files), world)
-        shares = DataLoader(TestImages(files, args.crop_size), batch_size=8, sampler=share, num_workers=args.workers)
+        images = TestImages(files, args.crop_size)
+        shares = DataLoader(images, batch_size=8, sampler=share, num_workers=args.workers, generator=torch.Generator())
         stats = FeatureStats(inception.metric)
         for images in shares:
             images = translate(to_device(images)).clamp(-1, 1)
@@ -620,7 +623,8 @@ def train(args, checkpoint):
                 terms["dcd"] = dcd_loss(student_taps, taps, teacher_D.features)
             if perceptual_loss:
                 style, feature = perceptual_loss(fake_S, fake_B, args.lambda_style > 0, args.lambda_feature > 0)
-                terms |= dict(style=style, feature=feature)
+                terms |= dict(style=style) if args.lambda_style else {}
+                terms |= dict(feature=feature) if args.lambda_feature else {}
         loss_S = sum(getattr(args, f"lambda_{name}") * term for name, term in terms.items())
         optimizers["student_G"].zero_grad()
         loss_S.backward()
