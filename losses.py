@@ -139,7 +139,7 @@ class PerceptualLoss(nn.Module):
             self.features = make_layers(cfgs["D"], batch_norm=False)[: self.relu4_3 + 1]
             for layer in self.features:
                 if isinstance(layer, nn.Conv2d):
-                    nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+                    nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
         if weights == "auto":
             url = VGG16_Weights.IMAGENET1K_V1.url
             try:

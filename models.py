@@ -640,9 +640,9 @@ def load_file(path):
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)|[Tt]ype (\S+)|(\S+) was not an allowed global", str(error))
-        detail = f"it asks for {next(filter(None, found.groups()))}" if found else "it is damaged or no checkpoint"
-        raise InputError(f"{path}: refused, only plain tensors are loaded and {detail}") from error
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        detail = f"it asks for {found[1]}, and only plain tensors are loaded" if found else "damaged, or something else"
+        raise InputError(f"{path}: not a checkpoint that can be trusted: {detail}") from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not a checkpoint, or truncated; copy it again ({type(error).__name__})") from error
 

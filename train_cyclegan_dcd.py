@@ -53,8 +53,9 @@ from models import (
 NAME = "cyclegan_dcd"
 ARCHS = ("resnet_9blocks", "mobile_resnet_9blocks")
 # What --toy changes; any flag on the command line wins over it.
-TOY = dict(epochs=2, epochs_decay=2, load_size=104, crop_size=96, batch_size=2, teacher_ngf=16, student_ngf=8, ndf=16)
-TOY |= dict(vgg="random", inception="none", eval_every=0, log_every=20, sample_every=100, save_every=100, workers=0)
+TOY = dict(epochs=5, epochs_decay=5, load_size=104, crop_size=96, batch_size=2, teacher_ngf=24, student_ngf=12, ndf=16)
+TOY |= dict(lr=4e-4, lambda_style=0.0, lambda_feature=50.0, vgg="random", inception="none", eval_every=0, workers=0)
+TOY |= dict(log_every=20, sample_every=80, save_every=80)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Arguments
