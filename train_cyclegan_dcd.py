@@ -54,7 +54,7 @@ NAME = "cyclegan_dcd"
 ARCHS = ("resnet_9blocks", "mobile_resnet_9blocks")
 # What --toy changes; any flag on the command line wins over it.
 TOY = dict(epochs=5, epochs_decay=5, load_size=104, crop_size=96, batch_size=2, teacher_ngf=24, student_ngf=12, ndf=16)
-TOY |= dict(lr=4e-4, lambda_style=0.0, lambda_feature=50.0, vgg="random", inception="none", eval_every=0, workers=0)
+TOY |= dict(lr=4e-4, lambda_style=0.0, lambda_feature=20.0, vgg="random", inception="none", eval_every=0, workers=0)
 TOY |= dict(log_every=20, sample_every=80, save_every=80)
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -413,7 +413,7 @@ def train(args, checkpoint):
 
     # Data. A is the source domain, B the target, whichever way --direction turns them.
     data = Path(args.data or out / "toy_data")
-    if not args.data and rank == 0 and not data.exists():
+    if not args.data and rank == 0 and not args.resume:
         write_toy_dataset(data)
     gather(None)  # wait for rank 0
     source, target = args.direction[0], args.direction[-1]

@@ -56,7 +56,7 @@ NAME = "pix2pix_dcd"
 ARCHS = ("mobile_resnet_9blocks", "resnet_9blocks", "unet_256")
 # What --toy changes; any flag on the command line wins over it.
 TOY = dict(epochs=4, epochs_decay=4, load_size=104, crop_size=96, batch_size=2, teacher_ngf=24, student_ngf=12, ndf=16)
-TOY |= dict(lr=4e-4, lambda_style=0.0, lambda_feature=50.0, vgg="random", inception="none", eval_every=0, workers=0)
+TOY |= dict(lr=4e-4, lambda_style=0.0, lambda_feature=300.0, vgg="random", inception="none", eval_every=0, workers=0)
 TOY |= dict(log_every=20, sample_every=80, save_every=80)
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -187,24 +187,27 @@ class TestPairs(Dataset):
 
 
 def write_toy_dataset(folder, size=104, n_train=96, n_test=8):
-    """A: outlines of discs, squares and triangles; B: the same shapes solid and shaded, each kind in its colour."""
+    """A: discs outlined in red and triangles in blue; B: the same shapes solid and shaded."""
     for phase, count in (("train", n_train), ("val", n_test)):
         (folder / phase).mkdir(parents=True, exist_ok=True)
         for i in range(count):
             rng = np.random.default_rng([phase == "val", i])
             drawing = Image.new("RGB", (size, size), "white")
             solid = Image.fromarray(np.full((size, size, 3), (225, 215, 195), np.uint8))
-            for kind in rng.permutation(3)[: rng.integers(1, 4)]:
+            for kind in rng.integers(2, size=rng.integers(1, 4)):
                 (x, y), r = rng.uniform(0.22, 0.78, 2) * size, rng.uniform(0.12, 0.22) * size
-                angles = rng.uniform(0, 2 * np.pi) + 2 * np.pi * np.arange((32, 4, 3)[kind]) / (32, 4, 3)[kind]
+                n = (32, 3)[kind]
+                angles = rng.uniform(0, 2 * np.pi) + 2 * np.pi * np.arange(n) / n
                 corners = [(x + r * np.cos(a), y + r * np.sin(a)) for a in angles]
                 mask = Image.new("L", (size, size))
                 ImageDraw.Draw(mask).polygon(corners, fill=255)
                 ys, xs = np.mgrid[:size, :size]
                 shade = np.clip(1.15 - ((xs - x) + (ys - y)) / (3 * r), 0.4, 1.3)[..., None]
-                colour = shade * np.array([(205, 60, 50), (60, 90, 200), (70, 165, 70)][kind])
+                colour = shade * np.array([(205, 60, 50), (60, 90, 200)][kind])
                 solid.paste(Image.fromarray(colour.clip(0, 255).astype(np.uint8)), mask=mask)
-                ImageDraw.Draw(drawing).polygon(corners, fill="white", outline="black", width=2)
+                ImageDraw.Draw(drawing).polygon(
+                    corners, fill="white", outline=((170, 20, 10), (10, 30, 160))[kind], width=2
+                )
             both = Image.new("RGB", (2 * size, size))
             both.paste(drawing, (0, 0))
             both.paste(solid, (size, 0))
@@ -407,7 +410,7 @@ def train(args, checkpoint):
 
     # Data. A is the input, B the target, whichever way --direction turns them.
     data = Path(args.data or out / "toy_data")
-    if not args.data and rank == 0 and not data.exists():
+    if not args.data and rank == 0 and not args.resume:
         write_toy_dataset(data)
     gather(None)  # wait for rank 0
     train_files = ImageFiles(data / "train")
