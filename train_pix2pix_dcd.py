@@ -56,7 +56,7 @@ NAME = "pix2pix_dcd"
 ARCHS = ("mobile_resnet_9blocks", "resnet_9blocks", "unet_256")
 # What --toy changes; any flag on the command line wins over it.
 TOY = dict(epochs=4, epochs_decay=4, load_size=104, crop_size=96, batch_size=2, teacher_ngf=24, student_ngf=12, ndf=16)
-TOY |= dict(lr=4e-4, lambda_style=0.0, lambda_feature=300.0, vgg="random", inception="none", eval_every=0, workers=0)
+TOY |= dict(lr=6e-4, lambda_style=0.0, lambda_feature=300.0, vgg="random", inception="none", eval_every=0, workers=0)
 TOY |= dict(log_every=20, sample_every=80, save_every=80)
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -194,7 +194,7 @@ def write_toy_dataset(folder, size=104, n_train=96, n_test=8):
             rng = np.random.default_rng([phase == "val", i])
             drawing = Image.new("RGB", (size, size), "white")
             solid = Image.fromarray(np.full((size, size, 3), (225, 215, 195), np.uint8))
-            for kind in rng.integers(2, size=rng.integers(1, 4)):
+            for kind in rng.permutation([0, 1, rng.integers(2)]):
                 (x, y), r = rng.uniform(0.22, 0.78, 2) * size, rng.uniform(0.12, 0.22) * size
                 n = (32, 3)[kind]
                 angles = rng.uniform(0, 2 * np.pi) + 2 * np.pi * np.arange(n) / n
