@@ -727,6 +727,26 @@ def seconds_per_call(net, *inputs, repeats=3):
     return min(times[1:])
 
 
+def cost(net, *inputs):
+    """What a network costs -> dict of parameters, macs and macs_published of one call, and its seconds here."""
+    return dict(
+        parameters=sum(p.numel() for p in net.parameters()),
+        macs=count_macs(net, *inputs),
+        macs_published=count_macs(net, *inputs, published=True),
+        seconds=seconds_per_call(net, *inputs),
+    )
+
+
+def comparison(rows):
+    """{name: {column: number}} -> the same as an aligned text table."""
+    columns = list(next(iter(rows.values())))
+    lines = [f"{'':10}" + "".join(f"{column:>23}" for column in columns)]
+    for name, row in rows.items():
+        texts = (f"{row[c]:,}" if isinstance(row[c], int) else f"{row[c]:.4g}" for c in columns if c in row)
+        lines.append(f"{name:10}" + "".join(f"{text:>23}" for text in texts))
+    return "\n".join(lines)
+
+
 def main():
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     image, z = torch.randn(1, 3, 256, 256, device=device), torch.randn(1, 512, device=device)
@@ -751,15 +771,13 @@ def main():
     for group in groups:
         original = None
         for name, build, x in group:
-            net = build().to(device).eval()
-            cost = (sum(p.numel() for p in net.parameters()), count_macs(net, x), count_macs(net, x, published=True))
-            original = original or cost
+            *counts, seconds = cost(build().to(device).eval(), x).values()
+            original = original or counts
             params, exact, published = (
-                f"{value / unit:.3f}{letter} {first / value:5.1f}x"
-                for value, first, unit, letter in zip(cost, original, (1e6, 1e9, 1e9), "MGG", strict=True)
+                f"{count / unit:.3f}{letter} {first / count:5.1f}x"
+                for count, first, unit, letter in zip(counts, original, (1e6, 1e9, 1e9), "MGG", strict=True)
             )
-            milliseconds = 1000 * seconds_per_call(net, x)
-            print(f"{name:32}{params:>18}{exact:>19}{published:>20}{milliseconds:13.1f} ms", flush=True)
+            print(f"{name:32}{params:>18}{exact:>19}{published:>20}{1000 * seconds:13.1f} ms", flush=True)
     print(f"\nTime on {device} ({torch.get_num_threads()} threads), batch 1, float32; image networks at 256x256.")
     print("Published MACs: the convention of the papers' tables, which counts transposed convolutions four times.")
 

@@ -39,13 +39,13 @@ from models import (
     InputError,
     PatchDiscriminator,
     ResnetGenerator,
-    count_macs,
+    comparison,
+    cost,
     init_weights,
     load_file,
     load_weights,
     save_checkpoint,
     save_generator,
-    seconds_per_call,
     write_atomically,
     write_json,
 )
@@ -700,24 +700,14 @@ def train(args, checkpoint):
         image = torch.randn(1, 3, args.crop_size, args.crop_size, device=device)
         rows = {}
         for name in ("teacher", "student"):
-            net = build_generator(getattr(args, f"{name}_arch"), getattr(args, f"{name}_ngf")).to(device)
-            rows[name] = dict(parameters=sum(p.numel() for p in net.parameters()), macs=count_macs(net, image))
-            rows[name] |= dict(
-                macs_published=count_macs(net, image, published=True), seconds=seconds_per_call(net, image)
-            )
-            rows[name] |= {k.removesuffix(f" {name}"): v for k, v in last_metrics.items() if k.endswith(name)}
-        ratios = {
-            k: rows["teacher"][k] / rows["student"][k] for k in ("parameters", "macs", "macs_published", "seconds")
-        }
-        write_json(out / "summary.json", dict(steps=last_step, image_size=args.crop_size, **rows, ratios=ratios))
-        say(f"\n{'':10}" + "".join(f"{key:>24}" for key in rows["teacher"]))
-        for name, row in (rows | dict(ratio=ratios)).items():
-            say(
-                f"{name:10}"
-                + "".join(
-                    f"{value:>24,.4g}" if name == "ratio" or value < 1e4 else f"{value:>24,}" for value in row.values()
-                )
-            )
+            net = build_generator(getattr(args, f"{name}_arch"), getattr(args, f"{name}_ngf"))
+            rows[name] = cost(net.to(device).eval(), image)
+        rows["ratio"] = {key: rows["teacher"][key] / rows["student"][key] for key in rows["student"]}
+        for key, value in last_metrics.items():
+            metric, _, name = key.rpartition(" ")
+            rows[name][metric] = value
+        write_json(out / "summary.json", dict(steps=last_step, image_size=args.crop_size, **rows))
+        say("\n" + comparison(rows))
         say(f"\ncompressed generator: {out}/student.pt, pictures: {out}/samples/{last_step:07d}.png")
 
 
