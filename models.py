@@ -739,7 +739,7 @@ def cost(net, *inputs):
 
 def comparison(rows):
     """{name: {column: number}} -> the same as an aligned text table."""
-    columns = list(next(iter(rows.values())))
+    columns = list(max(rows.values(), key=len))
     lines = [f"{'':10}" + "".join(f"{column:>23}" for column in columns)]
     for name, row in rows.items():
         texts = (f"{row[c]:,}" if isinstance(row[c], int) else f"{row[c]:.4g}" for c in columns if c in row)

@@ -237,12 +237,20 @@ def add_run_options(parser, eval_unit, eval_every):
     at("--log-every", type=at_least(1), default=100, help="steps between log lines (100)")
     at("--sample-every", type=at_least(0), default=1000, help="steps between sample grids, 0: none (1000)")
     at("--save-every", type=at_least(1), default=1000, help="steps between checkpoints (1000)")
-    at("--eval-every", type=at_least(0), default=eval_every, help=f"{eval_unit} between FIDs, 0: none ({eval_every})")
+    unit = f"--eval-{eval_unit}"
+    at(
+        "--eval-every",
+        unit,
+        type=at_least(0),
+        default=eval_every,
+        help=f"{eval_unit} between FIDs, 0: none ({eval_every})",
+    )
     at("--inception", default="auto", help="FID Inception: auto, random, none, or a weight file (auto)")
 
 
 # Options that a resumed run may change without contradicting its checkpoint.
-FREE = "data teacher out resume overwrite device workers compile max_steps log_every sample_every save_every eval_every"
+FREE = "data teacher student out resume overwrite device workers cache compile max_steps"
+FREE += " log_every sample_every save_every eval_every"
 
 
 def read_checkpoint(args, parser, argv):
@@ -655,12 +663,13 @@ def train(args, checkpoint):
         if due or (inception and last):
             last_metrics = evaluate()
             say("  ".join(f"{name} {value:.2f}" for name, value in last_metrics.items()), flush=True)
-            score = last_metrics[f"{inception.metric} student"]
-            if rank == 0 and due:  # the log of a run cut short by --max-steps goes on as if it had not been
-                log(dict(step=done) | last_metrics)
-            if rank == 0 and score < best:
-                save_generator(out / "best_student.pt", student_G)
-            best = min(best, score)
+            if due:  # the record of a run cut short by --max-steps goes on as if it had not been
+                score = last_metrics[f"{inception.metric} student"]
+                if rank == 0:
+                    log(dict(step=done) | last_metrics)
+                if rank == 0 and score < best:
+                    save_generator(out / "best_student.pt", student_G)
+                best = min(best, score)
         if rank == 0 and args.sample_every and (done % args.sample_every == 0 or last):
             save_samples(done)
         stop = max(gather(stop_signals[0] if stop_signals else 0))
