@@ -17,6 +17,7 @@ import contextlib
 import hashlib
 import json
 import os
+import pathlib
 import sys
 import warnings
 import zipfile
@@ -359,13 +360,17 @@ class FeatureStats:
 
     def save(self, path):
         """Write .npz with mu, sigma, the format of pytorch-fid, and n and metric; a crash leaves no half a file."""
+        arrays = {"mu": self.mean, "sigma": self.cov, "metric": self.metric} | ({"n": self.n} if self.n else {})
         temporary = f"{os.fspath(path)}.tmp"
-        number = {"n": self.n} if self.n else {}
-        with open(temporary, "wb") as file:
-            np.savez(file, mu=self.mean, sigma=self.cov, metric=self.metric, **number)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        try:
+            with open(temporary, "wb") as file:
+                np.savez(file, **arrays)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            pathlib.Path(temporary).unlink(missing_ok=True)
+            raise
 
     @classmethod
     def load(cls, path):
@@ -555,6 +560,8 @@ def pick_device(name):
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device("cpu" if name == "auto" else name)
+        if device.type not in ("cpu", "cuda"):
+            raise InputError("neither cpu nor cuda")
         torch.empty(1, device=device)
     except Exception as error:  # RuntimeError, AssertionError, NotImplementedError: as the build of torch has it
         raise InputError(f"--device {name} does not work here, use cpu or auto ({first_line(error)})") from error

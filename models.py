@@ -19,6 +19,7 @@ import pickle
 import random
 import re
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -87,7 +88,7 @@ class ResnetBlock(nn.Module):
             return SeparableConv(channels) if separable else nn.Conv2d(channels, channels, 3, bias=norm == "instance")
 
         self.conv_block = nn.Sequential(
-            *(nn.ReflectionPad2d(1), conv(), make_norm(norm, channels), nn.ReLU(inplace=True), nn.Dropout(dropout)),
+            *(nn.ReflectionPad2d(1), conv(), make_norm(norm, channels), nn.ReLU(), nn.Dropout(dropout)),
             *(nn.ReflectionPad2d(1), conv(), make_norm(norm, channels)),
         )
 
@@ -118,15 +119,15 @@ class ResnetGenerator(nn.Module):
         ) | dict(norm=norm, dropout=dropout)
         bias = norm == "instance"
         layers = [nn.ReflectionPad2d(3), nn.Conv2d(in_channels, ngf, 7, bias=bias)]
-        layers += [make_norm(norm, ngf), nn.ReLU(inplace=True)]
+        layers += [make_norm(norm, ngf), nn.ReLU()]
         for channels in (ngf, 2 * ngf):
             layers += [nn.Conv2d(channels, 2 * channels, 3, stride=2, padding=1, bias=bias)]
-            layers += [make_norm(norm, 2 * channels), nn.ReLU(inplace=True)]
+            layers += [make_norm(norm, 2 * channels), nn.ReLU()]
         first = len(layers) - 1
         layers += [ResnetBlock(4 * ngf, separable, norm, dropout) for _ in range(n_blocks)]
         for channels in (4 * ngf, 2 * ngf):
             layers += [nn.ConvTranspose2d(channels, channels // 2, 3, 2, padding=1, output_padding=1, bias=bias)]
-            layers += [make_norm(norm, channels // 2), nn.ReLU(inplace=True)]
+            layers += [make_norm(norm, channels // 2), nn.ReLU()]
         layers += [nn.ReflectionPad2d(3), nn.Conv2d(ngf, out_channels, 7), nn.Tanh()]
         self.model = nn.Sequential(*layers)
         self.tap_layers = [first + i * n_blocks // 3 for i in range(4)]  # 9, 12, 15, 18 for nine blocks
@@ -161,7 +162,7 @@ class UnetBlock(nn.Module):
         if self.outermost:
             layers = [down, submodule, nn.ReLU(), up, nn.Tanh()]
         elif submodule is None:
-            layers = [nn.LeakyReLU(0.2), down, nn.ReLU(inplace=True), up, make_norm(norm, outer)]
+            layers = [nn.LeakyReLU(0.2), down, nn.ReLU(), up, make_norm(norm, outer)]
         else:
             layers = [nn.LeakyReLU(0.2), down, make_norm(norm, inner), submodule, nn.ReLU(), up, make_norm(norm, outer)]
             layers += [nn.Dropout(dropout)] if dropout else []
@@ -230,12 +231,12 @@ class PatchDiscriminator(nn.Module):
     def __init__(self, in_channels=3, ndf=64, n_layers=3, norm="instance"):
         super().__init__()
         bias = norm == "instance"
-        layers = [nn.Conv2d(in_channels, ndf, 4, stride=2, padding=1), nn.LeakyReLU(0.2, inplace=True)]
+        layers = [nn.Conv2d(in_channels, ndf, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         channels = ndf
         for n in range(1, n_layers + 1):
             wider = ndf * min(2**n, 8)
             layers += [nn.Conv2d(channels, wider, 4, stride=2 if n < n_layers else 1, padding=1, bias=bias)]
-            layers += [make_norm(norm, wider), nn.LeakyReLU(0.2, inplace=True)]
+            layers += [make_norm(norm, wider), nn.LeakyReLU(0.2)]
             channels = wider
         layers += [nn.Conv2d(channels, 1, 4, stride=1, padding=1)]
         self.model = nn.Sequential(*layers)
@@ -630,21 +631,25 @@ def save_checkpoint(path, networks, content):
 
 
 def load_file(path):
-    """Reads a checkpoint: tensors, containers, numbers, strings and argparse.Namespace; nothing in it is executed.
+    """Reads a checkpoint, a dictionary of tensors, containers, numbers, strings and argparse.Namespace.
 
-    Raises InputError when the file is missing, not a checkpoint, truncated, or holds anything else.
+    Nothing in it is executed. Raises InputError when the file is missing, truncated, or holds anything else.
     """
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of old pickles, which are then read or refused
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         detail = f"it asks for {found[1]}, and only plain tensors are loaded" if found else "damaged, or something else"
         raise InputError(f"{path}: not a checkpoint that can be trusted: {detail}") from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not a checkpoint, or truncated; copy it again ({type(error).__name__})") from error
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise InputError(f"{path}: expected a checkpoint, names to tensors, found {type(content).__name__}")
+    return content
 
 
 def load_weights(net, state_dict, source):
@@ -685,7 +690,7 @@ def load_generator(path, device="cpu"):
     """
     content = load_file(path)
     classes = {cls.__name__: cls for cls in (ResnetGenerator, UnetGenerator, StyleGAN2Generator)}
-    if not isinstance(content, dict) or content.get("network") not in classes or "state_dict" not in content:
+    if content.get("network") not in classes or "state_dict" not in content:
         raise InputError(f"{path}: not a file of save_generator; for a bare state dict build the network and load it")
     net = classes[content["network"]](**content["config"])
     load_weights(net, content["state_dict"], path)

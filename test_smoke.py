@@ -15,6 +15,7 @@ import os
 import pickle
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -231,15 +232,16 @@ def test_hostile_checkpoints(tmp_path, monkeypatch):
     Path("empty.pt").write_bytes(b"")
     Path("text.pt").write_text("hello")
     torch.save([1, 2], "list.pt")
+    torch.save({"step": 1}, "other.pt")
     torch.save({"args": argparse.Namespace(size=8)}, "namespace.pt")
-    for name in ("code.pt", "pickle.pt", "half.pt", "empty.pt", "text.pt", "missing.pt"):
+    for name in ("code.pt", "pickle.pt", "half.pt", "empty.pt", "text.pt", "list.pt", "missing.pt"):
         with pytest.raises(models.InputError, match=name) as error:
             load_file(name)
         assert "\n" not in str(error.value)
     assert not Path("executed").exists()
     assert load_file("namespace.pt")["args"].size == 8
-    with pytest.raises(models.InputError, match="list.pt: not a file of save_generator"):
-        load_generator("list.pt")
+    with pytest.raises(models.InputError, match="other.pt: not a file of save_generator"):
+        load_generator("other.pt")
 
 
 def test_kill_9_while_saving_leaves_a_whole_file(tmp_path):
@@ -502,6 +504,9 @@ def test_output_folder(script, data, tmp_path, capsys):
     assert same(student.state_dict(), weights(tmp_path)["student_G"])
     assert same(load_generator(tmp_path / "best_student.pt").state_dict(), student.state_dict())
     assert "FID" not in capsys.readouterr().out
+    DCD_SCRIPTS[script].main(["--out", str(tmp_path), "--resume"])  # a finished run keeps its metrics
+    again = json.loads((tmp_path / "summary.json").read_text())["student"]
+    assert again | {"seconds": 0} == summary["student"] | {"seconds": 0}
 
 
 @pytest.mark.parametrize("script", DCD_SCRIPTS)
@@ -587,15 +592,15 @@ def test_what_the_discriminator_sees(script, data, tmp_path, monkeypatch):
         seen.clear()
         run(script, data, tmp_path / fakes, f"--d-fakes {fakes} --max-steps 2 --teacher-every 2")
         counts[fakes] = [len(x) for x in seen]
-    # Teacher's fakes, student's fakes, the update's real and fake batches; then the student's second step alone.
+    # The update's real and fake halves, the teacher's fakes, the student's; then the student's second step alone.
     if script == "pix2pix":
-        assert counts == dict(both=[2, 2, 6, 2], teacher=[2, 2, 4, 2])
+        assert counts == dict(both=[6, 2, 2, 2], teacher=[4, 2, 2, 2])
         assert all(x.shape[1] == 6 for x in seen)
-        inputs = [x[:2, :3] for x in seen]
-        assert torch.equal(inputs[0], inputs[1]) and torch.equal(inputs[0], inputs[2])
-        assert torch.equal(seen[2][:2, :3], seen[2][2:, :3])  # real and fake halves have the same inputs
-        assert not torch.equal(seen[0][:, 3:], seen[1][:, 3:])
-    else:
+        update, teacher, student, _ = seen
+        assert torch.equal(update[:2, :3], update[2:, :3])  # real and fake halves have the same inputs
+        assert torch.equal(update[:2, :3], teacher[:, :3]) and torch.equal(teacher[:, :3], student[:, :3])
+        assert torch.equal(update[2:, 3:], teacher[:, 3:]) and not torch.equal(teacher[:, 3:], student[:, 3:])
+    else:  # G_T and F_T, G_S, then the updates of both discriminators
         assert counts == dict(both=[2, 2, 2, 6, 4, 2], teacher=[2, 2, 2, 4, 4, 2])
 
 
@@ -707,11 +712,15 @@ BAD = {
     "--epochs many": "--epochs",
     "--crop-size 64": "multiple of 4",
     "--crop-size 98": "multiple of 4",
+    "--toy --crop-size 64": "multiple of 4",
+    "--device meta": "--device meta",
     "--load-size 90": "smaller than --crop-size",
     "--resume": "checkpoint.pt: no such file",
     "--out {tmp}/file/out": "cannot be written",
     "--teacher {tmp}/other.pt": "has shape (2, 3, 7, 7), expected (4, 3, 7, 7)",
     "--teacher {tmp}/file": "not a checkpoint",
+    "--teacher {tmp}/list.pt": "list.pt: expected a checkpoint",
+    "--vgg {tmp}/list.pt --lambda-style 1": "list.pt: expected a checkpoint",
     "--freeze-teacher": "--teacher",
     "--vgg {tmp}/other.pt --lambda-style 1": "other.pt",
     "--inception {tmp}/gone.pth --eval-every 1": "gone.pth",
@@ -726,6 +735,7 @@ def bad_data(data, tmp_path_factory):
     (root / "file").write_text("no folder")
     torch.save(ResnetGenerator(ngf=2, separable=True).state_dict(), root / "other.pt")
     (root / "empty").mkdir()
+    torch.save([torch.zeros(1)], root / "list.pt")
     for script in DCD_SCRIPTS:
         for kind in ("truncated", "header", "small"):
             for source in (data / script).rglob("*.png"):
@@ -778,17 +788,26 @@ def test_bad_input_of_one_script(data, tmp_path, capsys):
 @pytest.mark.parametrize("script", DCD_SCRIPTS)
 def test_existing_runs_are_kept(script, data, tmp_path, capsys):
     run(script, data, tmp_path, "--max-steps 2")
+    shutil.copytree(data / script, data / "toys", dirs_exist_ok=True)
+    for path in (data / "toys").rglob("1.png"):
+        path.rename(path.with_name("other.png"))
     before = (tmp_path / "checkpoint.pt").read_bytes()
     for options, message in (
         ("--max-steps 2", "holds a run"),
         ("--resume --max-steps 4 --lr 1 --d-fakes teacher", "--d-fakes teacher (the run has both)"),
         ("--resume --overwrite", "not allowed with"),
+        ("--resume --max-steps 4 --teacher other.pt", "--teacher ['other.pt'] (the run has None)"),
+        (f"--resume --max-steps 4 --data {data / 'toys'}", "not those that the run"),
     ):
         with pytest.raises(SystemExit) as stop:
             run(script, data, tmp_path, options)
         assert stop.value.code == 2 and message in capsys.readouterr().err
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
     run(script, data, tmp_path, "--resume --max-steps 2")  # nothing left to do
+    shutil.rmtree(data / "toys")
+    with pytest.raises(SystemExit):
+        train_stylegan2_dgl.main(["--out", str(tmp_path), "--resume"])
+    assert "not a checkpoint of train_stylegan2_dgl.py" in capsys.readouterr().err
     (tmp_path / "mine.pt").write_text("not a file of the run")
     assert [line["step"] for line in run(script, data, tmp_path, "--overwrite --max-steps 1")] == [1]
     assert (tmp_path / "mine.pt").exists()
@@ -1191,7 +1210,7 @@ BAD_TEACHERS = {
     "truncated.pt": "truncated",
     "text.pt": "not",
     "foreign.pt": "asks for",
-    "list.pt": "has no 'd'",
+    "list.pt": "found list",
     "generator.pt": "has no 'd'",
     "tensors.pt": "found list",
     "wider.pt": "convs.0.0.weight has shape (15, 3, 1, 1), expected (8, 3, 1, 1)",
@@ -1329,6 +1348,7 @@ def start(script, data, out, options="", processes=1, code=None):
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
+        start_new_session=True,
     )
 
 
@@ -1349,6 +1369,38 @@ def test_signals_save_and_stop(script, number, data, tmp_path):
     assert step >= 3 and f"stopped by {number.name} after step {step}" in out and "--resume" in out and err == ""
     sys.modules[script].main([*f"--out {tmp_path / 'out'} --resume --max-steps {step + 1} --workers 0".split()])
     assert load_file(tmp_path / "out/checkpoint.pt")["step"] == step + 1
+
+
+@pytest.mark.parametrize("script", ("cyclegan", "pix2pix"))
+def test_an_unreadable_image_loses_nothing(script, data, tmp_path):
+    """Its header is fine: a worker finds it. The run is saved, ends, and goes on once the file is replaced."""
+    shutil.copytree(data / script, tmp_path / script)
+    broken = next((tmp_path / script).glob("train*")) / "1.png"
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[: len(whole) // 2])
+    process = start(f"train_{script}_dcd", tmp_path, tmp_path / "out", "--batch-size 1 --max-steps 4 --workers 2")
+    _, err = finish(process, 2)
+    assert err.count("\n") == 1 and str(broken) in err and "saved after step" in err
+    broken.write_bytes(whole)
+    DCD_SCRIPTS[script].main([*f"--out {tmp_path / 'out'} --resume --workers 0".split()])
+    run(script, data, tmp_path / "uncut", "--batch-size 1 --max-steps 4")
+    assert equal(weights(tmp_path / "out"), weights(tmp_path / "uncut"))
+
+
+def test_a_signal_to_the_whole_group_during_evaluation(data, tmp_path):
+    options = "--max-steps 100 --eval-every 1 --inception random --workers 2"
+    process = start("train_cyclegan_dcd", data, tmp_path / "out", options)
+    while not re.search(r"\bstep 2/", process.stdout.readline()):
+        assert process.poll() is None, process.stderr.read()
+    os.killpg(process.pid, signal.SIGTERM)  # an epoch has two steps
+    out, _ = finish(process, 143)
+    assert "stopped by SIGTERM after step 2, saved" in out
+
+
+def test_an_exception_ends_the_workers(data, tmp_path):
+    code = "def fail_late(*_):\n    raise RuntimeError('a bug')\nscript.average_gradients = fail_late\nscript.main()"
+    _, err = finish(start("train_pix2pix_dcd", data, tmp_path / "out", "--max-steps 9 --workers 2", 1, code), 1)
+    assert "RuntimeError: a bug" in err
 
 
 def test_a_second_signal_ends_at_once(monkeypatch):

@@ -13,10 +13,12 @@ from scratch, so that it never outgrows the small one.
 """
 
 import argparse
+import atexit
 import functools
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import random
 import signal
@@ -133,11 +135,13 @@ def load_pair(files, index, direction, size):
 
 
 def check_pairs(files, crop_size):
-    """Refuses images that are not two halves of at least crop_size a side."""
-    for name, (width, height) in zip(files.names, files.check(crop_size), strict=True):
+    """The images' sizes; refuses those that are not two halves of at least crop_size a side."""
+    sizes = files.check(crop_size)
+    for name, (width, height) in zip(files.names, sizes, strict=True):
         if width % 2 or width // 2 < crop_size:
             need = f"expected two halves side by side, each at least {crop_size} wide"
             raise InputError(f"{files.source}: {name} is {width}x{height} pixels, {need}")
+    return sizes
 
 
 def to_tensor(image):
@@ -218,10 +222,14 @@ def write_toy_dataset(folder, size=104, n_train=96, n_test=8):
 # Plumbing, the same in the three training scripts: arguments, processes, checkpoints
 
 
+def last_line(error):
+    """What an error says, also one that comes with the traceback of a data loader worker."""
+    return str(error).strip().splitlines()[-1].removeprefix("fid.InputError: ")
+
+
 def fail(error):
     """Bad input: one line on stderr, exit status 2."""
-    line = str(error).strip().splitlines()[-1].removeprefix("fid.InputError: ")
-    print(f"{Path(__file__).name}: error: {line}", file=sys.stderr)
+    print(f"{Path(__file__).name}: error: {last_line(error)}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -249,13 +257,15 @@ def add_run_options(parser, eval_unit, eval_every):
 
 
 # Options that a resumed run may change without contradicting its checkpoint.
-FREE = "data teacher student out resume overwrite device workers cache compile max_steps"
+FREE = "data out resume overwrite device workers cache compile max_steps"
 FREE += " log_every sample_every save_every eval_every"
 
 
 def read_checkpoint(args, parser, argv):
     """Reads OUT/checkpoint.pt -> (arguments completed from it, checkpoint); refuses options that contradict it."""
     checkpoint = load_file(Path(args.out, "checkpoint.pt"))
+    if checkpoint.get("script") != NAME:
+        raise InputError(f"{args.out}/checkpoint.pt: not a checkpoint of {Path(__file__).name}")
     saved = checkpoint["args"] | dict(overwrite=False)
     parser.set_defaults(**saved)
     completed = parser.parse_args(argv)
@@ -276,6 +286,7 @@ def start_processes(args):
         torch.set_float32_matmul_precision("high")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    atexit.register(end_workers)
     return device, *processes()
 
 
@@ -297,6 +308,19 @@ def average_gradients(optimizer, world):
             gradient.copy_(mean.view_as(gradient))
 
 
+def gather_to_rank_0(item, rank, world):
+    """The list of all processes' items, on rank 0 alone."""
+    items = [item] * world if rank == 0 else None
+    if world > 1:
+        dist.gather_object(item, items)
+    return items
+
+
+def digest(facts):
+    """A short name for facts that are compared or that name a file."""
+    return hashlib.sha256(repr(facts).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
 def random_state(device):
     kind, keys, *rest = np.random.get_state()
     cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
@@ -307,7 +331,7 @@ def restore_random_state(state, device):
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
-    if device.type == "cuda":
+    if device.type == "cuda" and state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
@@ -340,25 +364,27 @@ class LossMeter:
     """Mean of each loss since the last log line; the sums stay on the device until they are read."""
 
     def __init__(self, sums=()):
-        self.sums = dict(sums)  # name: (sum, count)
+        self.sums = dict(sums)  # name: (sum, how many were finite, how many)
 
     def add(self, **losses):
         for name, loss in losses.items():
-            total, count = self.sums.get(name, (0.0, 0))
-            self.sums[name] = total + loss.detach(), count + 1
+            total, finite, count = self.sums.get(name, (0.0, 0, 0))
+            loss = loss.detach()
+            self.sums[name] = total + loss, finite + loss.isfinite(), count + 1
 
     def state(self):
-        return {name: (float(total), count) for name, (total, count) in self.sums.items()}
+        return {name: (float(total), int(finite), count) for name, (total, finite, count) in self.sums.items()}
 
     def means(self, step):
-        """{name: mean over steps and processes}; stops the run when one is not finite."""
+        """{name: mean over steps and processes}; stops the run when one is not finite, naming the first that was."""
         states = gather(self.state())
-        means = {k: sum(state[k][0] / state[k][1] for state in states) / len(states) for k in self.sums}
-        for name, mean in means.items():
-            if not math.isfinite(mean):
-                raise SystemExit(
-                    f"error: diverged, the loss {name} is {mean} at step {step}; the last checkpoint stays"
-                )
+        means = {name: sum(s[name][0] / s[name][2] for s in states) / len(states) for name in self.sums}
+        bad = [name for name, mean in means.items() if not math.isfinite(mean)]
+        if bad:
+            name = min(bad, key=lambda name: min(s[name][1] / s[name][2] for s in states))
+            raise SystemExit(
+                f"error: diverged, the loss {name} is {means[name]} at step {step}; the last checkpoint stays"
+            )
         return means
 
 
@@ -373,9 +399,35 @@ def on_signal(number, _frame):
 
 
 def ignore_signals(_worker):
-    """Data loader workers leave it to the main process to end them."""
+    """Data loader workers go on until the main process, which may get the same signal, has done its step."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def end_workers():
+    """At exit, however it comes: workers ignore the SIGTERM that the interpreter would send them, and wait for."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
+def next_batch(batches):
+    """The next batch, and what forbids to go on: a signal's number or a bad image, on any process; else None."""
+    batch, problem = None, stop_signals[0] if stop_signals else None
+    if not problem:
+        try:
+            batch = next(batches)
+        except fid.InputError as error:
+            problem = last_line(error)
+    return batch, next(filter(None, gather(problem)), None)
+
+
+def stop_run(problem, out, step, say):
+    """Ends a run that was saved after step, with the conventional status of the signal, or the error's."""
+    if not isinstance(problem, int):
+        raise InputError(f"{problem}; saved after step {step}: replace the file, then --out {out} --resume")
+    say(f"stopped by {signal.Signals(problem).name} after step {step}, saved; go on with: --out {out} --resume")
+    sys.exit(128 + problem)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -392,7 +444,7 @@ def load_teacher(paths, networks):
         raise InputError(f"--teacher: {len(paths)} files, expected at most {len(networks)}: {', '.join(networks)}")
     for path, (name, net) in zip(paths, networks.items(), strict=False):
         content = load_file(path)
-        if "networks" in content:
+        if isinstance(content.get("networks"), dict):
             for each in networks:
                 load_weights(networks[each], content["networks"].get(each), f"{path}, {each}")
             return
@@ -407,7 +459,7 @@ def train(args, checkpoint):
         check_output(args)
     stop_signals.clear()
     random.seed(args.seed)
-    np.random.seed(args.seed)
+    np.random.seed(args.seed % 2**32)
     torch.manual_seed(args.seed)
     amp = args.amp == "bf16" or (args.amp == "auto" and device.type == "cuda")
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=amp)
@@ -415,22 +467,6 @@ def train(args, checkpoint):
 
     def to_device(x):
         return x.to(device, memory_format=memory_format, non_blocking=True)
-
-    # Data. A is the input, B the target, whichever way --direction turns them.
-    data = Path(args.data or out / "toy_data")
-    if not args.data and rank == 0 and not args.resume:
-        write_toy_dataset(data)
-    gather(None)  # wait for rank 0
-    train_files = ImageFiles(data / "train")
-    test_files = ImageFiles(data / ("val" if (data / "val").exists() else "test"))
-    for files in (train_files, test_files):
-        check_pairs(files, args.crop_size)
-    dataset = PairedImages(train_files, args.direction, args.load_size, args.crop_size, args.seed)
-    test_pairs = TestPairs(test_files, args.direction, args.crop_size)
-    global_batch = args.batch_size * world
-    epoch_steps = math.ceil(len(dataset) / global_batch)
-    schedule_steps = (args.epochs + args.epochs_decay) * epoch_steps
-    last_step = min(schedule_steps, args.max_steps or schedule_steps)
 
     # Networks. The discriminator is conditional: it reads input and image as six channels.
     teacher_G = init_weights(build_generator(args.teacher_arch, args.teacher_ngf))
@@ -456,6 +492,24 @@ def train(args, checkpoint):
         perceptual_loss.to(device, memory_format=memory_format)
     share_weights(networks.values(), world)
 
+    # Data. A is the input, B the target, whichever way --direction turns them.
+    data = Path(args.data or out / "toy_data")
+    if not args.data and rank == 0 and not args.resume:
+        write_toy_dataset(data)
+    gather(None)  # wait for rank 0
+    train_files = ImageFiles(data / "train")
+    test_files = ImageFiles(data / ("val" if (data / "val").exists() else "test"))
+    sets = (train_files, test_files)
+    data_facts = digest([(files.names, check_pairs(files, args.crop_size)) for files in sets])
+    if inception and len(test_files) < 2:
+        raise InputError(f"{test_files.source}: a Fréchet distance needs 2 test images or more; or --eval-every 0")
+    dataset = PairedImages(train_files, args.direction, args.load_size, args.crop_size, args.seed)
+    test_pairs = TestPairs(test_files, args.direction, args.crop_size)
+    global_batch = args.batch_size * world
+    epoch_steps = math.ceil(len(dataset) / global_batch)
+    schedule_steps = (args.epochs + args.epochs_decay) * epoch_steps
+    last_step = min(schedule_steps, args.max_steps or schedule_steps)
+
     # Optimisers
     def adam(*nets):
         parameters = [p for net in nets for p in net.parameters()]
@@ -467,21 +521,20 @@ def train(args, checkpoint):
         student_G=adam(student_G, dcd_loss.student_connectors),
     )
     meter = LossMeter()
-    best = math.inf
+    best, scores = math.inf, {}
     first_step = 0
 
     # Resume
     if checkpoint:
-        if (checkpoint["world"], checkpoint["images"]) != (world, len(dataset)):
-            raise InputError(
-                f"{out}: the run has {checkpoint['world']} processes and {checkpoint['images']} images, "
-                f"found {world} and {len(dataset)}"
-            )
+        if checkpoint["world"] != world:
+            raise InputError(f"{out}: the run has {checkpoint['world']} processes, found {world}: start as many")
+        if checkpoint["data"] != data_facts:
+            raise InputError(f"{data}: names or sizes of the images are not those that the run in {out} began with")
         for name, net in networks.items():
             load_weights(net, checkpoint["networks"][name], f"{out}/checkpoint.pt, {name}")
         for name, optimizer in optimizers.items():
             optimizer.load_state_dict(checkpoint["optimizers"][name])
-        first_step, best = checkpoint["step"], checkpoint["best"]
+        first_step, best, scores = checkpoint["step"], checkpoint["best"], checkpoint["scores"]
     if rank == 0:
         open_output(args, first_step)
     if args.compile:
@@ -510,9 +563,10 @@ def train(args, checkpoint):
 
     def save(step):
         meter.means(step)  # stops here rather than save a run that has diverged
-        ranks = gather(dict(random=random_state(device), meter=meter.state()))
+        ranks = gather_to_rank_0(dict(random=random_state(device), meter=meter.state()), rank, world)
         if rank == 0:
-            content = dict(step=step, args=vars(args), world=world, images=len(dataset), best=best, ranks=ranks)
+            content = dict(script=NAME, step=step, args=vars(args), world=world, data=data_facts, ranks=ranks)
+            content |= dict(best=best, scores=scores)
             content["optimizers"] = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
             save_checkpoint(out / "checkpoint.pt", networks, content)
             save_generator(out / "student.pt", student_G)
@@ -525,7 +579,12 @@ def train(args, checkpoint):
     def test_stats(choose):
         share = range(rank, len(test_pairs), world)
         shares = DataLoader(
-            test_pairs, batch_size=8, sampler=share, num_workers=args.workers, generator=torch.Generator()
+            test_pairs,
+            batch_size=8,
+            sampler=share,
+            num_workers=args.workers,
+            worker_init_fn=ignore_signals,
+            generator=torch.Generator(),
         )
         stats = FeatureStats(inception.metric)
         for real_A, real_B in shares:
@@ -538,20 +597,18 @@ def train(args, checkpoint):
     def evaluate():
         """Fréchet distance of both generators' translations to the real test images -> {"FID teacher": ..}."""
         facts = (test_files.fingerprint(), args.direction, args.crop_size, args.inception)
-        path = out / f"reference_{hashlib.sha256(repr(facts).encode()).hexdigest()[:12]}.npz"
+        path = out / f"reference_{digest(facts)}.npz"
         if not all(gather(path.exists())):
             reference = test_stats(lambda real_A, real_B: real_B)
             if rank == 0:
                 reference.save(path)
         else:
             reference = FeatureStats.load(path)
-        scores = {}
+        found = {}
         for name, net in (("teacher", teacher_G), ("student", student_G)):
             stats = test_stats(lambda real_A, real_B, net=net: net(real_A))
-            scores[f"{inception.metric} {name}"] = frechet_distance(
-                stats.mean, stats.cov, reference.mean, reference.cov
-            )
-        return scores
+            found[f"{inception.metric} {name}"] = frechet_distance(stats.mean, stats.cov, reference.mean, reference.cov)
+        return found
 
     @torch.no_grad()
     def save_samples(step):
@@ -578,10 +635,13 @@ def train(args, checkpoint):
     say("samples: input | teacher | student | the real one | teacher's and student's first connector")
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
-    last_metrics = {}
     since, logged_step = time.perf_counter(), first_step
     for step in range(first_step, last_step):
-        real_A, real_B = map(to_device, next(batches))
+        batch, problem = next_batch(batches)
+        if problem:
+            save(step)
+            stop_run(problem, out, step, say)
+        real_A, real_B = map(to_device, batch)
         decay = (schedule_steps - step) / (args.epochs_decay * epoch_steps + 1)
         for optimizer in optimizers.values():
             for group in optimizer.param_groups:
@@ -590,10 +650,28 @@ def train(args, checkpoint):
         train_D = step % args.teacher_every == 0
         train_G = train_D and not args.freeze_teacher
 
-        # Teacher generator: hinge loss under the conditional discriminator, and L1 to the real image.
-        teacher_D.requires_grad_(False)
+        # One forward pass of either generator serves its own update, the distillation and the discriminator.
         with autocast(), torch.set_grad_enabled(train_G):
             fake_B, taps = teacher_G(real_A, taps=True)
+        with autocast():
+            fake_S, student_taps = student_G(real_A, taps=True)
+
+        # Collaborative discriminator D_T: real pairs against the teacher's fakes and the student's, of equal weight.
+        if train_D:
+            teacher_D.requires_grad_(True)
+            images = [real_B, fake_B.detach()] + ([fake_S.detach()] if args.d_fakes == "both" else [])
+            with autocast():
+                logits = teacher_D(torch.cat([torch.cat([real_A, image], 1) for image in images]))
+                real, fake = logits.tensor_split([len(real_A)])
+                loss_D = (gan_loss(real, True, "hinge") + gan_loss(fake, False, "hinge")) / 2
+            optimizers["teacher_D"].zero_grad()
+            loss_D.backward()
+            average_gradients(optimizers["teacher_D"], world)
+            optimizers["teacher_D"].step()
+            meter.add(D_T=loss_D)
+
+        # Teacher generator: hinge loss under the conditional discriminator, and L1 to the real image.
+        teacher_D.requires_grad_(False)
         if train_G:
             with autocast():
                 loss_gan = gan_loss(teacher_D(torch.cat([real_A, fake_B], 1)), True, "hinge", False)
@@ -603,13 +681,10 @@ def train(args, checkpoint):
             average_gradients(optimizers["teacher_G"], world)
             optimizers["teacher_G"].step()
             meter.add(G_T_gan=loss_gan, G_T_l1=loss_l1)
-            # The same forward pass serves the distillation.
-            fake_B, taps = fake_B.detach(), [tap.detach() for tap in taps]
 
         # Student: L_S = lambda_gan L_GAN(D_T(G_S(x))) + lambda_dcd L_DCD + lambda_style L_style + lambda_feature L_feat
         terms = {}
         with autocast():
-            fake_S, student_taps = student_G(real_A, taps=True)
             if args.lambda_gan:
                 terms["gan"] = gan_loss(teacher_D(torch.cat([real_A, fake_S], 1)), True, "hinge", False)
             if args.lambda_dcd:
@@ -624,20 +699,6 @@ def train(args, checkpoint):
         average_gradients(optimizers["student_G"], world)
         optimizers["student_G"].step()
         meter.add(**{f"G_S_{name}": term for name, term in terms.items()})
-
-        # Collaborative discriminator D_T: real pairs against the teacher's fakes and the student's, of equal weight.
-        if train_D:
-            teacher_D.requires_grad_(True)
-            images = [real_B, fake_B] + ([fake_S.detach()] if args.d_fakes == "both" else [])
-            with autocast():
-                logits = teacher_D(torch.cat([torch.cat([real_A, image], 1) for image in images]))
-                real, fake = logits.tensor_split([len(real_A)])
-                loss_D = (gan_loss(real, True, "hinge") + gan_loss(fake, False, "hinge")) / 2
-            optimizers["teacher_D"].zero_grad()
-            loss_D.backward()
-            average_gradients(optimizers["teacher_D"], world)
-            optimizers["teacher_D"].step()
-            meter.add(D_T=loss_D)
 
         # Log, samples, evaluation, checkpoint
         done = step + 1
@@ -661,23 +722,19 @@ def train(args, checkpoint):
                 )
         due = inception and (done % (args.eval_every * epoch_steps) == 0 or done == schedule_steps)
         if due or (inception and last):
-            last_metrics = evaluate()
-            say("  ".join(f"{name} {value:.2f}" for name, value in last_metrics.items()), flush=True)
+            scores = evaluate()
+            say("  ".join(f"{name} {value:.2f}" for name, value in scores.items()), flush=True)
             if due:  # the record of a run cut short by --max-steps goes on as if it had not been
-                score = last_metrics[f"{inception.metric} student"]
+                score = scores[f"{inception.metric} student"]
                 if rank == 0:
-                    log(dict(step=done) | last_metrics)
+                    log(dict(step=done) | scores)
                 if rank == 0 and score < best:
                     save_generator(out / "best_student.pt", student_G)
                 best = min(best, score)
         if rank == 0 and args.sample_every and (done % args.sample_every == 0 or last):
             save_samples(done)
-        stop = max(gather(stop_signals[0] if stop_signals else 0))
-        if done % args.save_every == 0 or last or stop:
+        if done % args.save_every == 0 or last:
             save(done)
-        if stop and not last:
-            say(f"stopped by {signal.Signals(stop).name} after step {done}, saved; go on with: --out {out} --resume")
-            sys.exit(128 + stop)
         if done % args.log_every == 0:
             since, logged_step = time.perf_counter(), done
 
@@ -689,12 +746,12 @@ def train(args, checkpoint):
             net = build_generator(getattr(args, f"{name}_arch"), getattr(args, f"{name}_ngf"))
             rows[name] = cost(net.to(device).eval(), image)
         rows["ratio"] = {key: rows["teacher"][key] / rows["student"][key] for key in rows["student"]}
-        for key, value in last_metrics.items():
+        for key, value in scores.items():
             metric, _, name = key.rpartition(" ")
             rows[name][metric] = value
         write_json(out / "summary.json", dict(steps=last_step, image_size=args.crop_size, **rows))
         say("\n" + comparison(rows))
-        say(f"\ncompressed generator: {out}/student.pt, pictures: {out}/samples/{last_step:07d}.png")
+        say(f"\ncompressed generator: {out}/student.pt, pictures: {out}/samples")
 
 
 def main(argv=None):

@@ -14,12 +14,14 @@ which is unstable from random weights. With --student-width 1 the method improve
 """
 
 import argparse
+import atexit
 import copy
 import functools
 import hashlib
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
 import signal
@@ -221,10 +223,14 @@ def write_toy_dataset(folder, size=32, count=512):
 # Plumbing, the same in the three training scripts: arguments, processes, checkpoints
 
 
+def last_line(error):
+    """What an error says, also one that comes with the traceback of a data loader worker."""
+    return str(error).strip().splitlines()[-1].removeprefix("fid.InputError: ")
+
+
 def fail(error):
     """Bad input: one line on stderr, exit status 2."""
-    line = str(error).strip().splitlines()[-1].removeprefix("fid.InputError: ")
-    print(f"{Path(__file__).name}: error: {line}", file=sys.stderr)
+    print(f"{Path(__file__).name}: error: {last_line(error)}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -252,13 +258,15 @@ def add_run_options(parser, eval_unit, eval_every):
 
 
 # Options that a resumed run may change without contradicting its checkpoint.
-FREE = "data teacher student out resume overwrite device workers cache compile max_steps"
+FREE = "data out resume overwrite device workers cache compile max_steps"
 FREE += " log_every sample_every save_every eval_every"
 
 
 def read_checkpoint(args, parser, argv):
     """Reads OUT/checkpoint.pt -> (arguments completed from it, checkpoint); refuses options that contradict it."""
     checkpoint = load_file(Path(args.out, "checkpoint.pt"))
+    if checkpoint.get("script") != NAME:
+        raise InputError(f"{args.out}/checkpoint.pt: not a checkpoint of {Path(__file__).name}")
     saved = checkpoint["args"] | dict(overwrite=False)
     parser.set_defaults(**saved)
     completed = parser.parse_args(argv)
@@ -279,6 +287,7 @@ def start_processes(args):
         torch.set_float32_matmul_precision("high")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    atexit.register(end_workers)
     return device, *processes()
 
 
@@ -300,6 +309,19 @@ def average_gradients(optimizer, world):
             gradient.copy_(mean.view_as(gradient))
 
 
+def gather_to_rank_0(item, rank, world):
+    """The list of all processes' items, on rank 0 alone."""
+    items = [item] * world if rank == 0 else None
+    if world > 1:
+        dist.gather_object(item, items)
+    return items
+
+
+def digest(facts):
+    """A short name for facts that are compared or that name a file."""
+    return hashlib.sha256(repr(facts).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
 def random_state(device):
     kind, keys, *rest = np.random.get_state()
     cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
@@ -310,7 +332,7 @@ def restore_random_state(state, device):
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
-    if device.type == "cuda":
+    if device.type == "cuda" and state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
@@ -343,25 +365,27 @@ class LossMeter:
     """Mean of each loss since the last log line; the sums stay on the device until they are read."""
 
     def __init__(self, sums=()):
-        self.sums = dict(sums)  # name: (sum, count)
+        self.sums = dict(sums)  # name: (sum, how many were finite, how many)
 
     def add(self, **losses):
         for name, loss in losses.items():
-            total, count = self.sums.get(name, (0.0, 0))
-            self.sums[name] = total + loss.detach(), count + 1
+            total, finite, count = self.sums.get(name, (0.0, 0, 0))
+            loss = loss.detach()
+            self.sums[name] = total + loss, finite + loss.isfinite(), count + 1
 
     def state(self):
-        return {name: (float(total), count) for name, (total, count) in self.sums.items()}
+        return {name: (float(total), int(finite), count) for name, (total, finite, count) in self.sums.items()}
 
     def means(self, step):
-        """{name: mean over steps and processes}; stops the run when one is not finite."""
+        """{name: mean over steps and processes}; stops the run when one is not finite, naming the first that was."""
         states = gather(self.state())
-        means = {k: sum(state[k][0] / state[k][1] for state in states) / len(states) for k in self.sums}
-        for name, mean in means.items():
-            if not math.isfinite(mean):
-                raise SystemExit(
-                    f"error: diverged, the loss {name} is {mean} at step {step}; the last checkpoint stays"
-                )
+        means = {name: sum(s[name][0] / s[name][2] for s in states) / len(states) for name in self.sums}
+        bad = [name for name, mean in means.items() if not math.isfinite(mean)]
+        if bad:
+            name = min(bad, key=lambda name: min(s[name][1] / s[name][2] for s in states))
+            raise SystemExit(
+                f"error: diverged, the loss {name} is {means[name]} at step {step}; the last checkpoint stays"
+            )
         return means
 
 
@@ -376,9 +400,35 @@ def on_signal(number, _frame):
 
 
 def ignore_signals(_worker):
-    """Data loader workers leave it to the main process to end them."""
+    """Data loader workers go on until the main process, which may get the same signal, has done its step."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def end_workers():
+    """At exit, however it comes: workers ignore the SIGTERM that the interpreter would send them, and wait for."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
+def next_batch(batches):
+    """The next batch, and what forbids to go on: a signal's number or a bad image, on any process; else None."""
+    batch, problem = None, stop_signals[0] if stop_signals else None
+    if not problem:
+        try:
+            batch = next(batches)
+        except fid.InputError as error:
+            problem = last_line(error)
+    return batch, next(filter(None, gather(problem)), None)
+
+
+def stop_run(problem, out, step, say):
+    """Ends a run that was saved after step, with the conventional status of the signal, or the error's."""
+    if not isinstance(problem, int):
+        raise InputError(f"{problem}; saved after step {step}: replace the file, then --out {out} --resume")
+    say(f"stopped by {signal.Signals(problem).name} after step {step}, saved; go on with: --out {out} --resume")
+    sys.exit(128 + problem)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -388,12 +438,11 @@ def ignore_signals(_worker):
 def load_pair(path, networks, needed):
     """Loads {"g": .., "d": .., "g_ema": ..} of a file into networks of these names -> the names that the file has."""
     content = load_file(path)
-    found = content if isinstance(content, dict) else {}
     for name in needed:
-        if name not in found:
-            keys = ", ".join(map(str, list(found)[:5])) or type(content).__name__
-            raise InputError(f"{path}: has no {name!r}, expected the state dicts g, d and g_ema, found {keys}")
-    found = [name for name in networks if name in found]
+        if name not in content:
+            found = ", ".join(list(content)[:5]) or "nothing"
+            raise InputError(f"{path}: has no {name!r}, expected the state dicts g, d and g_ema, found {found}")
+    found = [name for name in networks if name in content]
     for name in found:
         try:
             load_weights(networks[name], content[name], f"{path}, {name}")
@@ -440,7 +489,7 @@ def train(args, checkpoint):
         check_output(args)
     stop_signals.clear()
     random.seed(args.seed)
-    np.random.seed(args.seed)
+    np.random.seed(args.seed % 2**32)
     torch.manual_seed(args.seed)
     amp = args.amp == "bf16" or (args.amp == "auto" and device.type == "cuda")
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=amp)
@@ -450,27 +499,6 @@ def train(args, checkpoint):
         """uint8 on the host -> [-1, 1] on the device."""
         images = images.to(device, memory_format=memory_format, non_blocking=True)
         return images.float() / 127.5 - 1
-
-    # Data
-    data = Path(args.data or out / "toy_data")
-    if not args.data and rank == 0 and not args.resume:
-        write_toy_dataset(data)
-    gather(None)  # wait for rank 0
-    files = ImageFiles(data)
-    files.check(args.size)
-    square_images = SquareImages(files, args.size)
-    dataset = TrainingImages(square_images, args.mirror, args.seed)
-    if args.cache:
-        square_images.cache(args.workers)
-        say(f"{len(files)} images in memory, {square_images.cached.nbytes / 2**20:.0f} MiB for each process")
-
-    # Stages: number, first step, the step after the last one; steps count through all stages
-    global_batch = args.batch_size * world
-    budgets = (args.teacher_kimg, args.stage1_kimg, args.stage2_kimg)
-    ends = list(itertools.accumulate(math.ceil(kimg * 1000 / global_batch) for kimg in budgets))
-    stages = list(zip(range(3), (0, *ends), ends, strict=False))
-    last_step = min(ends[-1], args.max_steps or ends[-1])
-    eval_steps = math.ceil(args.eval_every * 1000 / global_batch)
 
     # Networks
     def build_pair(g_width, d_width):
@@ -495,17 +523,40 @@ def train(args, checkpoint):
         net.to(device, memory_format=memory_format)
     share_weights(networks.values(), world)
     inception = load_inception(args.inception, device) if args.eval_every and args.inception != "none" else None
+
+    # Data
+    data = Path(args.data or out / "toy_data")
+    if not args.data and rank == 0 and not args.resume:
+        write_toy_dataset(data)
+    gather(None)  # wait for rank 0
+    files = ImageFiles(data)
+    data_facts = digest([(files.names, files.check(args.size))])
+    if inception and len(files) < 2:
+        raise InputError(f"{data}: a Fréchet distance needs 2 images or more; or --eval-every 0")
+    square_images = SquareImages(files, args.size)
+    dataset = TrainingImages(square_images, args.mirror, args.seed)
+    if args.cache:
+        square_images.cache(args.workers)
+        say(f"{len(files)} images in memory, {square_images.cached.nbytes / 2**20:.0f} MiB for each process")
+
+    # Stages: number, first step, the step after the last one; steps count through all stages
+    global_batch = args.batch_size * world
+    budgets = (args.teacher_kimg, args.stage1_kimg, args.stage2_kimg)
+    ends = list(itertools.accumulate(math.ceil(kimg * 1000 / global_batch) for kimg in budgets))
+    stages = list(zip(range(3), (0, *ends), ends, strict=False))
+    last_step = min(ends[-1], args.max_steps or ends[-1])
+    eval_steps = math.ceil(args.eval_every * 1000 / global_batch)
+
     meter = LossMeter()
     best, scores = math.inf, {}
     first_step = 0
 
     # Resume
     if checkpoint:
-        if (checkpoint["world"], checkpoint["images"]) != (world, len(dataset)):
-            raise InputError(
-                f"{out}: the run has {checkpoint['world']} processes and {checkpoint['images']} images, "
-                f"found {world} and {len(dataset)}"
-            )
+        if checkpoint["world"] != world:
+            raise InputError(f"{out}: the run has {checkpoint['world']} processes, found {world}: start as many")
+        if checkpoint["data"] != data_facts:
+            raise InputError(f"{data}: names or sizes of the images are not those that the run in {out} began with")
         for name, net in networks.items():
             load_weights(net, checkpoint["networks"][name], f"{out}/checkpoint.pt, {name}")
         first_step, best, scores = checkpoint["step"], checkpoint["best"], checkpoint["scores"]
@@ -533,10 +584,10 @@ def train(args, checkpoint):
 
     def save(step):
         meter.means(step)  # stops here rather than save a run that has diverged
-        ranks = gather(dict(random=random_state(device), meter=meter.state()))
+        ranks = gather_to_rank_0(dict(random=random_state(device), meter=meter.state()), rank, world)
         if rank == 0:
-            content = dict(step=step, args=vars(args), world=world, images=len(dataset), best=best, ranks=ranks)
-            content |= dict(scores=scores, path_length=path_length.state_dict())
+            content = dict(script=NAME, step=step, args=vars(args), world=world, data=data_facts, ranks=ranks)
+            content |= dict(best=best, scores=scores, path_length=path_length.state_dict())
             content["optimizers"] = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
             save_checkpoint(out / "checkpoint.pt", networks, content)
             if stage > 0:
@@ -553,7 +604,7 @@ def train(args, checkpoint):
     def real_stats():
         stats = FeatureStats(inception.metric)
         share = range(rank, len(files), world)
-        options = dict(num_workers=args.workers, generator=torch.Generator())
+        options = dict(num_workers=args.workers, worker_init_fn=ignore_signals, generator=torch.Generator())
         for images in DataLoader(square_images, batch_size=32, sampler=share, **options):
             add_images(stats, to_device(images))
         stats.merge_across_processes()
@@ -573,8 +624,7 @@ def train(args, checkpoint):
     @torch.no_grad()
     def evaluate(nets):
         """Fréchet distance of each net's images to all training images, unflipped -> {"FID teacher": ..}."""
-        key = hashlib.sha256(repr((files.fingerprint(), args.size, args.inception)).encode()).hexdigest()[:12]
-        path = out / f"reference_{key}.npz"
+        path = out / f"reference_{digest((files.fingerprint(), args.size, args.inception))}.npz"
         if not all(gather(path.exists())):
             reference = real_stats()
             if rank == 0:
@@ -634,7 +684,11 @@ def train(args, checkpoint):
         say(f"stage {stage} ({STAGES[stage]}): {budgets[stage]:g} thousand images, to step {stage_end}")
         since, logged_step = time.perf_counter(), steps[0]
         for step in steps:
-            real = to_device(next(batches))
+            batch, problem = next_batch(batches)
+            if problem:
+                save(step)
+                stop_run(problem, out, step, say)
+            real = to_device(batch)
 
             # Discriminator: E[ softplus(-D(y)) ] + E[ softplus(D(G(z))) ]
             D.requires_grad_(True)
@@ -735,14 +789,8 @@ def train(args, checkpoint):
                 save_pair(out / f"{name}.pt", G, D, G_ema, args, width)
             if done == stage_end:
                 networks.pop("teacher_G", None)  # has served
-            stop = max(gather(stop_signals[0] if stop_signals else 0))
-            if done % args.save_every == 0 or done == stage_end or last or stop:
+            if done % args.save_every == 0 or done == stage_end or last:
                 save(done)
-            if stop and not last:
-                say(
-                    f"stopped by {signal.Signals(stop).name} after step {done}, saved; go on with: --out {out} --resume"
-                )
-                sys.exit(128 + stop)
             if logged:
                 since, logged_step = time.perf_counter(), done
 
