@@ -36,11 +36,24 @@ class InputError(ValueError):
 # Image-to-image generators and the PatchGAN discriminator (CycleGAN, Pix2Pix, DCD)
 
 
+class InstanceNorm(nn.Module):
+    """nn.InstanceNorm2d without affine parameters and running statistics, that keeps the memory in channels_last.
+
+    The instance norm of one image is its batch norm, which knows that layout; the convolutions of the CPU are fastest
+    there. On a GPU several images still go through F.instance_norm at once: launches would count for more.
+    """
+
+    def forward(self, x):
+        if len(x) == 1:
+            return F.batch_norm(x, None, None, training=True)
+        return F.instance_norm(x) if x.is_cuda else torch.cat([self(image) for image in x.split(1)])
+
+
 def make_norm(norm, channels):
-    """Instance norm without affine or running statistics, or batch norm: the two that the papers use."""
+    """Instance norm or batch norm: the two that the papers use."""
     if norm not in ("instance", "batch"):
         raise ValueError(f"norm is {norm!r}, expected 'instance' or 'batch'")
-    return nn.InstanceNorm2d(channels) if norm == "instance" else nn.BatchNorm2d(channels)
+    return InstanceNorm() if norm == "instance" else nn.BatchNorm2d(channels)
 
 
 def adapt_reference_keys(net, state_dict, prefix="", *_):
@@ -70,7 +83,7 @@ class SeparableConv(nn.Module):
         super().__init__()
         self.conv = nn.Sequential(
             nn.Conv2d(channels, channels, 3, groups=channels),
-            nn.InstanceNorm2d(channels),
+            InstanceNorm(),
             nn.Conv2d(channels, channels, 1),
         )
 

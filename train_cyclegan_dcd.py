@@ -464,10 +464,9 @@ def train(args, checkpoint):
     torch.manual_seed(args.seed)
     amp = args.amp == "bf16" or (args.amp == "auto" and device.type == "cuda")
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=amp)
-    memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
 
     def to_device(x):
-        return x.to(device, memory_format=memory_format, non_blocking=True)
+        return x.to(device, memory_format=torch.channels_last, non_blocking=True)
 
     # Networks. The teacher is a whole CycleGAN: G translates A to B and F back, D judges B and D_A judges A.
     teacher_G, teacher_F = (init_weights(build_generator(args.teacher_arch, args.teacher_ngf)) for _ in "GF")
@@ -485,9 +484,9 @@ def train(args, checkpoint):
         load_teacher(args.teacher, teacher)
     networks = teacher | dict(student_G=student_G, dcd_loss=dcd_loss)
     for net in networks.values():
-        net.to(device, memory_format=memory_format)
+        net.to(device, memory_format=torch.channels_last)
     if perceptual_loss:
-        perceptual_loss.to(device, memory_format=memory_format)
+        perceptual_loss.to(device, memory_format=torch.channels_last)
     share_weights(networks.values(), world)
 
     # Data. A is the source domain, B the target, whichever way --direction turns them.
