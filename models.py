@@ -498,7 +498,7 @@ class StyleGAN2Generator(nn.Module):
             buffer = getattr(self.noises, f"noise_{n}")
             return buffer.new_empty(len(latents), *buffer.shape[1:]).normal_() if noise == "random" else buffer
 
-        x = self.input.input.repeat(len(latents), 1, 1, 1)
+        x = self.input.input.repeat(len(latents), 1, 1, 1).contiguous(memory_format=torch.channels_last)
         x = self.conv1(x, latents[:, 0], layer_noise(0))
         image = self.to_rgb1(x, latents[:, 1])
         for i, to_rgb in enumerate(self.to_rgbs):

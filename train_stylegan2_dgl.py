@@ -493,11 +493,10 @@ def train(args, checkpoint):
     torch.manual_seed(args.seed)
     amp = args.amp == "bf16" or (args.amp == "auto" and device.type == "cuda")
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=amp)
-    memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
 
     def to_device(images):
         """uint8 on the host -> [-1, 1] on the device."""
-        images = images.to(device, memory_format=memory_format, non_blocking=True)
+        images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
         return images.float() / 127.5 - 1
 
     # Networks
@@ -520,7 +519,7 @@ def train(args, checkpoint):
         load_pair(args.student, dict(g=student_G, d=student_D, g_ema=student_G_ema), ["g", "d", "g_ema"])
     networks = {name: teacher[name] for name in known} | student
     for net in networks.values():
-        net.to(device, memory_format=memory_format)
+        net.to(device)
     share_weights(networks.values(), world)
     inception = load_inception(args.inception, device) if args.eval_every and args.inception != "none" else None
 
