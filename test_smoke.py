@@ -873,11 +873,12 @@ def test_path_length_penalty_is_the_papers():
     latents = G.mapping(torch.randn(3, 6)).detach().requires_grad_()
     penalty = PathLengthPenalty(decay=0.25)
     penalty.mean.fill_(0.5)
+    images = G.synthesis(latents, "fixed")
     torch.manual_seed(1)
-    value = penalty(G.synthesis(latents, "fixed"), latents)
+    value = penalty(images, latents)
 
     torch.manual_seed(1)
-    noise = torch.randn(3, 3, 8, 8) / 8  # divided by the root of the number of pixels
+    noise = torch.randn_like(images) / 8  # divided by the root of the number of pixels
     lengths = []
     for w, y in zip(latents.detach(), noise, strict=True):
         jacobian = torch.autograd.functional.jacobian(lambda v: G.synthesis(v[None], "fixed")[0].flatten(), w)
