@@ -44,6 +44,7 @@ class InstanceNorm(nn.Module):
     """
 
     def forward(self, x):
+        """(N, C, H, W) -> the same shape; ValueError for maps of a single pixel."""
         if len(x) == 1:
             return F.batch_norm(x, None, None, training=True)
         return F.instance_norm(x) if x.is_cuda else torch.cat([self(image) for image in x.split(1)])

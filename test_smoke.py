@@ -125,6 +125,8 @@ def test_instance_norm(n):
     assert torch.allclose(y, expected) and y.is_contiguous(memory_format=torch.channels_last)
     gradient, other = (torch.autograd.grad((z * weight).sum(), x)[0] for z in (y, expected))
     assert torch.allclose(gradient, other)
+    with pytest.raises(ValueError, match="more than 1"):
+        models.InstanceNorm()(x[:, :, :1, :1])
 
 
 def old_spelling(state_dict):
