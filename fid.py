@@ -563,7 +563,7 @@ def pick_device(name):
         if device.type not in ("cpu", "cuda"):
             raise InputError("neither cpu nor cuda")
         torch.empty(1, device=device)
-    except Exception as error:  # RuntimeError, AssertionError, NotImplementedError: as the build of torch has it
+    except (RuntimeError, AssertionError, InputError) as error:  # a build of torch without CUDA raises the second
         raise InputError(f"--device {name} does not work here, use cpu or auto ({first_line(error)})") from error
     return device
 

@@ -2,7 +2,7 @@
 
     ResnetGenerator, UnetGenerator, PatchDiscriminator      CycleGAN, Pix2Pix and their compressed forms (DCD)
     StyleGAN2Generator, StyleGAN2Discriminator              StyleGAN2 at any width (DGL-GAN)
-    save_generator, load_generator, load_file, load_weights, write_atomically
+    save_generator, load_generator, load_networks, load_file, load_weights, write_atomically
     count_macs
 
 State dicts have the keys and shapes of the reference implementations, so their checkpoints load strictly. This file
@@ -688,6 +688,22 @@ def load_weights(net, state_dict, source):
         if key not in expected:
             raise InputError(f"{source}: does not fit {type(net).__name__}: it has {key}, which this network has not")
     net.load_state_dict(state_dict)
+
+
+def load_networks(paths, networks):
+    """Loads trained networks (name to module): a file each, in their order, or all from one checkpoint.pt of ours.
+
+    Raises InputError for more files than networks, and for a file that is missing, damaged or does not fit.
+    """
+    if len(paths) > len(networks):
+        raise InputError(f"{len(paths)} files of weights, expected at most {len(networks)}: {', '.join(networks)}")
+    for path, (name, net) in zip(paths, networks.items(), strict=False):
+        content = load_file(path)
+        if isinstance(content.get("networks"), dict):
+            for each in networks:
+                load_weights(networks[each], content["networks"].get(each), f"{path}, {each}")
+            return
+        load_weights(net, content.get("state_dict", content), f"{path}, as {name}")
 
 
 def save_generator(path, net):

@@ -48,6 +48,7 @@ from models import (
     cost,
     init_weights,
     load_file,
+    load_networks,
     load_weights,
     save_checkpoint,
     save_generator,
@@ -443,19 +444,6 @@ def build_generator(arch, ngf):
     return UnetGenerator(ngf=ngf) if arch == "unet_256" else ResnetGenerator(ngf=ngf, separable="mobile" in arch)
 
 
-def load_teacher(paths, networks):
-    """Loads trained teacher networks, a file each in the order of networks, or all from one checkpoint.pt of ours."""
-    if len(paths) > len(networks):
-        raise InputError(f"--teacher: {len(paths)} files, expected at most {len(networks)}: {', '.join(networks)}")
-    for path, (name, net) in zip(paths, networks.items(), strict=False):
-        content = load_file(path)
-        if isinstance(content.get("networks"), dict):
-            for each in networks:
-                load_weights(networks[each], content["networks"].get(each), f"{path}, {each}")
-            return
-        load_weights(net, content.get("state_dict", content), f"{path}, as {name}")
-
-
 def train(args, checkpoint):
     device, rank, world = start_processes(args)
     say = print if rank == 0 else lambda *_, **__: None
@@ -488,7 +476,7 @@ def train(args, checkpoint):
     inception = load_inception(args.inception, device) if args.eval_every and args.inception != "none" else None
     teacher = dict(teacher_G=teacher_G, teacher_D=teacher_D)
     if args.teacher and not args.resume:
-        load_teacher(args.teacher, teacher)
+        load_networks(args.teacher, teacher)
     networks = teacher | dict(student_G=student_G, dcd_loss=dcd_loss)
     for net in networks.values():
         net.to(device, memory_format=torch.channels_last)
