@@ -1,22 +1,24 @@
 """Losses of the two papers.
 
-    gan_loss, DCDLoss, PerceptualLoss                                        DCD (arXiv 2212.14169)
+    gan_loss, DCDLoss, PixelLoss, PerceptualLoss                             DCD (arXiv 2212.14169)
     generator_logistic_loss, discriminator_logistic_loss, dgl_generator_loss,
     r1_penalty, PathLengthPenalty                                            StyleGAN2 and DGL-GAN (arXiv 2112.06502)
+    LossMeter                                                                running means for the log
 
 Every loss is computed in float32, also under autocast. Each piece works alone: copy what you need.
 """
 
 import math
-from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torchvision.models import VGG16_Weights
 from torchvision.models.vgg import cfgs, make_layers
 
-from models import InputError, load_file, load_weights
+from fid import fetch_weights
+from models import load_file, load_weights, processes
 
 # ----------------------------------------------------------------------------------------------------------------------
 # DCD
@@ -28,7 +30,7 @@ def gan_loss(logits, is_real, mode, for_discriminator=True):
     Args:
         logits: any shape, before any sigmoid.
         is_real: what the judged images are to be taken for; a generator wants True.
-        mode: "lsgan" (mean squared error to 1 or 0), "hinge", or "vanilla" (cross entropy).
+        mode: "lsgan" (mean squared error to 1 or 0) or "hinge".
         for_discriminator: only hinge differs: max(0, 1 -+ logits) for the discriminator, -logits for the generator.
 
     Returns the mean, a scalar. Raises ValueError for another mode, and for a generator's hinge loss with is_real=False.
@@ -36,10 +38,8 @@ def gan_loss(logits, is_real, mode, for_discriminator=True):
     logits = logits.float()
     if mode == "lsgan":
         return (logits - float(is_real)).square().mean()
-    if mode == "vanilla":
-        return F.softplus(-logits if is_real else logits).mean()
     if mode != "hinge":
-        raise ValueError(f"mode is {mode!r}, expected 'lsgan', 'hinge' or 'vanilla'")
+        raise ValueError(f"mode is {mode!r}, expected 'lsgan' or 'hinge'")
     if for_discriminator:
         return F.relu(1 - logits if is_real else 1 + logits).mean()
     if not is_real:
@@ -96,8 +96,13 @@ class DCDLoss(nn.Module):
                 the samples of a batch independently (instance norm): taps of equal size go through it as one batch.
 
         The gradient reaches the student's taps and connectors alone: neither the teacher nor the discriminator's
-        parameters, frozen or not.
+        parameters, frozen or not. Raises ValueError for taps that are no list of as many maps as there are connectors,
+        and for a phi that returns no tensor.
         """
+        for name, taps in (("student_taps", student_taps), ("teacher_taps", teacher_taps)):
+            if not isinstance(taps, (list, tuple)) or len(taps) != len(self.student_connectors):
+                found = f"{len(taps)} maps" if isinstance(taps, (list, tuple)) else f"a {type(taps).__name__}"
+                raise ValueError(f"{name}: expected a list of {len(self.student_connectors)} maps, found {found}")
         student_maps = self.connect(self.student_connectors, student_taps)
         with torch.no_grad():
             teacher_maps = self.connect(self.teacher_connectors, teacher_taps)
@@ -105,15 +110,33 @@ class DCDLoss(nn.Module):
         for size in {x.shape[2:]: None for x in student_maps}:
             ours = torch.cat([x for x in student_maps if x.shape[2:] == size])
             with torch.no_grad():
-                target = phi(torch.cat([x for x in teacher_maps if x.shape[2:] == size])).float()
+                target = phi(torch.cat([x for x in teacher_maps if x.shape[2:] == size]))
+            if not isinstance(target, torch.Tensor):
+                raise ValueError(f"phi returned a {type(target).__name__}, expected one tensor of features")
             # Differentiate phi with respect to its input alone, and hang that gradient on the maps.
             with torch.enable_grad():
                 leaf = ours.detach().requires_grad_()
-                distance = (phi(leaf).float() - target).abs().mean()
+                distance = (phi(leaf).float() - target.float()).abs().mean()
                 (gradient,) = torch.autograd.grad(distance, leaf)
             distance = distance.detach() + ((ours - ours.detach()) * gradient).float().sum()
             loss = loss + distance * len(ours) / len(student_taps[0])  # the sum over taps of their means
         return loss
+
+
+class PixelLoss(nn.Module):
+    """Plain feature matching, what DCD argues against: sum_i mean | c_i(f_i^S) - f_i^T |, pixel by pixel.
+
+    c_i: a trained 1x1 convolution from the student's channels to the teacher's. Called as DCDLoss is, without phi.
+    """
+
+    def __init__(self, student_channels, teacher_channels):
+        super().__init__()
+        pairs = zip(student_channels, teacher_channels, strict=True)
+        self.student_connectors = nn.ModuleList(nn.Conv2d(ours, theirs, 1) for ours, theirs in pairs)
+
+    def forward(self, student_taps, teacher_taps, _phi=None):
+        triples = zip(self.student_connectors, student_taps, teacher_taps, strict=True)
+        return sum((connector(f) - g.detach()).float().abs().mean() for connector, f, g in triples)
 
 
 class PerceptualLoss(nn.Module):
@@ -127,7 +150,7 @@ class PerceptualLoss(nn.Module):
         weights: "auto" (ImageNet weights of torchvision, from torch's hub cache or downloaded), the path of that file,
             or "random" for tests and demonstrations (the same random weights everywhere).
 
-    Raises InputError when the weights are missing or do not fit.
+    Raises an InputError, fid's for a download and models' for a file, when the weights are missing or do not fit.
     """
 
     relu1_2, relu2_2, relu3_3, relu4_3 = 3, 8, 15, 22
@@ -140,22 +163,10 @@ class PerceptualLoss(nn.Module):
             for layer in self.features:
                 if isinstance(layer, nn.Conv2d):
                     nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-        if weights == "auto":
-            url = VGG16_Weights.IMAGENET1K_V1.url
-            try:
-                state_dict = torch.hub.load_state_dict_from_url(
-                    url, map_location="cpu", progress=False, check_hash=True, weights_only=True
-                )
-            except (OSError, RuntimeError) as error:
-                place = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
-                raise InputError(f"no VGG16 weights: put {url} at {place}, or choose random ones ({error})") from error
-        elif weights != "random":
-            state_dict = load_file(weights)
         if weights != "random":
-            state_dict = {k.removeprefix("features."): v for k, v in state_dict.items() if k.startswith("features.")}
-            load_weights(
-                self.features, {k: state_dict[k] for k in self.features.state_dict() if k in state_dict}, weights
-            )
+            path = fetch_weights(VGG16_Weights.IMAGENET1K_V1.url, "--vgg FILE") if weights == "auto" else weights
+            state_dict = {k.removeprefix("features."): v for k, v in load_file(path).items() if "features." in k}
+            load_weights(self.features, {k: state_dict[k] for k in self.features.state_dict() if k in state_dict}, path)
         self.requires_grad_(False)
 
     def forward(self, images, targets, style=True, feature=True):
@@ -196,17 +207,24 @@ def discriminator_logistic_loss(real_logits, fake_logits):
     return F.softplus(-real_logits.float()).mean() + F.softplus(fake_logits.float()).mean()
 
 
-def dgl_generator_loss(student_logits, teacher_logits, weight=0.1):
-    """The student generator's objective under two judges (arXiv 2112.06502), without path length:
+def dgl_generator_loss(student_logits, teacher_logits, weight=0.1, mode="logistic"):
+    """The student generator's objective under two judges (arXiv 2112.06502), without path length.
 
-        E[ softplus(-D_S(G_S(z))) ] + weight * E[ softplus(-D_T(G_S(z))) ]
+    logistic (StyleGAN2): E[ softplus(-D_S(G_S(z))) ] + weight * E[ softplus(-D_T(G_S(z))) ]
+    hinge (BigGAN):       - E[ D_S(G_S(z, y), y) ] - weight * E[ D_T(G_S(z, y), y) ]
 
     Args:
         student_logits: D_S(G_S(z)), any shape.
         teacher_logits: D_T(G_S(z)) of the frozen teacher discriminator.
         weight: lambda, 0.1 in the paper.
+
+    Raises ValueError for another mode.
     """
-    return generator_logistic_loss(student_logits) + weight * generator_logistic_loss(teacher_logits)
+    if mode == "logistic":
+        return generator_logistic_loss(student_logits) + weight * generator_logistic_loss(teacher_logits)
+    if mode != "hinge":
+        raise ValueError(f"mode is {mode!r}, expected 'logistic' or 'hinge'")
+    return gan_loss(student_logits, True, mode, False) + weight * gan_loss(teacher_logits, True, mode, False)
 
 
 def r1_penalty(logits, images):
@@ -224,7 +242,8 @@ class PathLengthPenalty(nn.Module):
     """Path length regularisation of StyleGAN2 (arXiv 1912.04958, equation 4): E[ (|J_w^T y| - a)^2 ].
 
     y is Gaussian noise in image space, J_w the Jacobian of the images with respect to w, a the running mean of the
-    lengths with the given decay, kept in the state dict.
+    lengths with the given decay, kept in the state dict. As in the references, a contains this batch's mean, through
+    which the gradient flows too.
     """
 
     def __init__(self, decay=0.01):
@@ -237,5 +256,38 @@ class PathLengthPenalty(nn.Module):
         noise = torch.randn_like(images) / math.sqrt(images.shape[2] * images.shape[3])
         (gradient,) = torch.autograd.grad((images * noise).sum(), latents, create_graph=True)
         lengths = gradient.square().sum(2).mean(1).sqrt()
-        self.mean.lerp_(lengths.detach().mean(), self.decay)
-        return (lengths - self.mean).square().mean()
+        mean = self.mean.lerp(lengths.mean(), self.decay)
+        self.mean.copy_(mean.detach())
+        return (lengths - mean).square().mean()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# For the log
+
+
+class LossMeter:
+    """Running means of named losses; the sums stay on the device until they are read."""
+
+    def __init__(self, sums=()):
+        self.sums = dict(sums)  # name: (sum, count)
+
+    def add(self, **losses):
+        for name, loss in losses.items():
+            total, count = self.sums.get(name, (0.0, 0))
+            self.sums[name] = total + loss.detach(), count + 1
+
+    def state(self):
+        """The sums as plain numbers, LossMeter(state) goes on from them."""
+        return {name: (float(total), count) for name, (total, count) in self.sums.items()}
+
+    def means(self, step):
+        """{name: mean over steps and processes}; SystemExit when one is not finite. Every process calls it."""
+        means = torch.tensor([float(total) / count for total, count in self.sums.values()])
+        if processes()[1] > 1:
+            dist.all_reduce(means)
+            means /= processes()[1]
+        means = dict(zip(self.sums, means.tolist(), strict=True))
+        bad = [name for name, mean in means.items() if not math.isfinite(mean)]
+        if bad:
+            raise SystemExit(f"error: diverged at step {step}, not finite: {', '.join(bad)}; the last checkpoint stays")
+        return means

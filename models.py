@@ -1,31 +1,45 @@
-"""Networks of the two papers, their weights on disk, and their cost.
+"""Networks of the two papers, their weights on disk and in several processes, and their cost.
 
     ResnetGenerator, UnetGenerator, PatchDiscriminator      CycleGAN, Pix2Pix and their compressed forms (DCD)
     StyleGAN2Generator, StyleGAN2Discriminator              StyleGAN2 at any width (DGL-GAN)
-    save_generator, load_generator, load_networks, load_file, load_weights, write_atomically
-    count_macs
+    BigGANGenerator, BigGANDiscriminator                    BigGAN at any width (DGL-GAN)
+    start_processes, run_batches, take_step, update_ema     training
+    save_generator, load_generator, load_networks, save_checkpoint, load_file, load_weights, write_atomically
+    save_grid, count_macs, compare
 
 State dicts have the keys and shapes of the reference implementations, so their checkpoints load strictly. This file
 imports nothing from the rest of the project: copy it beside a student.pt to use the compressed generator.
 
-    python models.py            # the complexity table: parameters, MACs, time per image
+    python models.py                                                        # parameters, MACs, time per image
+    python models.py student.pt photos/ translated/                         # translate a folder of pictures
+    python models.py student.pt samples/ --count 64 --truncation 0.7        # draw pictures (StyleGAN2, BigGAN)
 """
 
 import argparse
+import contextlib
+import ctypes
 import json
 import math
 import os
 import pickle
-import random
 import re
+import signal
+import sys
+import textwrap
 import time
 import warnings
+from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
+from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.utils import make_grid
 
 
 class InputError(ValueError):
@@ -486,11 +500,11 @@ class StyleGAN2Generator(nn.Module):
         return self.broadcast_latents(self.style(torch.cat(list(z))).chunk(len(z)), inject_index)
 
     def broadcast_latents(self, w, inject_index=None):
-        if len(w) == 1:
-            return w[0] if w[0].ndim == 3 else w[0].unsqueeze(1).expand(-1, self.n_latent, -1)
-        index = random.randint(1, self.n_latent - 1) if inject_index is None else inject_index
-        first, second = (v.unsqueeze(1).expand(-1, self.n_latent, -1) for v in w)
-        return torch.cat([first[:, :index], second[:, index:]], 1)
+        if w[0].ndim == 3:
+            return w[0]
+        index = torch.randint(1, self.n_latent, ()).item() if inject_index is None and len(w) > 1 else inject_index
+        first, second = (v.unsqueeze(1).expand(-1, self.n_latent, -1) for v in (w[0], w[-1]))
+        return torch.cat([first[:, :index], second[:, index:]], 1) if len(w) > 1 else first.contiguous()
 
     def synthesis(self, latents, noise="random"):
         """w (N, n_latent, style_dim) -> images (N, 3, size, size); noise "random" or "fixed" (the buffers)."""
@@ -603,6 +617,340 @@ class StyleGAN2Discriminator(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# BigGAN (Brock et al., arXiv 1809.11096)
+
+
+class SpectralLayer(nn.Module):
+    """Convolution (weight of four dimensions) or linear layer (of two), the weight divided by its spectral norm.
+
+    The norm is estimated by one power step from u0, in eval mode too, so that an averaged u0 does no harm. Training
+    stores the step's u in u0 and the norm in sv0. The gradient passes through the norm, but not through u and v.
+    """
+
+    def __init__(self, *shape, bias=True, eps=1e-6):
+        super().__init__()
+        bound = 1 / math.sqrt(math.prod(shape[1:]))
+        self.weight = nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(shape[0]).uniform_(-bound, bound)) if bias else None
+        self.register_buffer("u0", torch.randn(1, shape[0]))
+        self.register_buffer("sv0", torch.ones(1))
+        self.eps = eps
+
+    def normalised_weight(self):
+        """W / sigma: v = unit(W^T u0), u = unit(W v), sigma = u . W v. In the type of W, even under autocast."""
+        weight = self.weight
+        # Any order of the columns gives the same sigma: take the one that needs no copy.
+        matrix = (weight if weight.is_contiguous() else weight.movedim(1, -1)).flatten(1)
+        with disable_autocast(weight):
+            with torch.no_grad():
+                v = F.normalize(torch.mv(matrix.t(), self.u0[0]), dim=0, eps=self.eps)
+            product = torch.mv(matrix, v)
+            u = F.normalize(product.detach(), dim=0, eps=self.eps)
+            sigma = torch.dot(product, u)
+            if self.training:
+                self.u0.copy_(u)
+                self.sv0.copy_(sigma.detach())
+            return weight / sigma
+
+    def forward(self, x):
+        weight = self.normalised_weight()
+        if weight.ndim == 2:
+            return F.linear(x, weight, self.bias)
+        return F.conv2d(x, weight, self.bias, padding=weight.shape[2] // 2)
+
+
+class SelfAttention(nn.Module):
+    """x + gamma * attention of every position to the 2x2 max-pooled ones (arXiv 1805.08318), dot products unscaled."""
+
+    def __init__(self, channels, eps):
+        super().__init__()
+        if channels < 8:
+            raise ValueError(f"attention needs 8 channels or more, found {channels}: raise ch, or attention=None")
+        self.theta = SpectralLayer(channels // 8, channels, 1, 1, bias=False, eps=eps)
+        self.phi = SpectralLayer(channels // 8, channels, 1, 1, bias=False, eps=eps)
+        self.g = SpectralLayer(channels // 2, channels, 1, 1, bias=False, eps=eps)
+        self.o = SpectralLayer(channels, channels // 2, 1, 1, bias=False, eps=eps)
+        self.gamma = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        maps = self.theta(x), F.max_pool2d(self.phi(x), 2), F.max_pool2d(self.g(x), 2)
+        query, key, value = (m.flatten(2).mT.unsqueeze(1) for m in maps)  # (N, 1, positions, channels)
+        attended = F.scaled_dot_product_attention(query, key, value, scale=1.0)
+        return x + self.gamma * self.o(attended.mT.reshape(len(x), -1, *x.shape[2:]))
+
+
+class ConditionalBatchNorm(nn.Module):
+    """BN(x) * (1 + gain(v)) + bias(v) for a condition v; make_map(channels) builds the two maps."""
+
+    def __init__(self, channels, make_map):
+        super().__init__()
+        self.gain, self.bias = make_map(channels), make_map(channels)
+        self.register_buffer("stored_mean", torch.zeros(channels))
+        self.register_buffer("stored_var", torch.ones(channels))
+
+    def forward(self, x, v):
+        gain, bias = (m.to(x.dtype)[:, :, None, None] for m in (1 + self.gain(v), self.bias(v)))
+        return F.batch_norm(x, self.stored_mean, self.stored_var, training=self.training) * gain + bias
+
+
+class OutputBatchNorm(nn.Module):
+    """Batch norm with a learned gain and bias per channel: nn.BatchNorm2d in the checkpoints' names."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.gain, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+        self.register_buffer("stored_mean", torch.zeros(channels))
+        self.register_buffer("stored_var", torch.ones(channels))
+
+    def forward(self, x):
+        return F.batch_norm(x, self.stored_mean, self.stored_var, self.gain, self.bias, self.training)
+
+
+class GeneratorBlock(nn.Module):
+    """Residual block that doubles the side; both branches are enlarged before their convolutions."""
+
+    def __init__(self, in_channels, out_channels, make_map, eps):
+        super().__init__()
+        self.conv1 = SpectralLayer(out_channels, in_channels, 3, 3, eps=eps)
+        self.conv2 = SpectralLayer(out_channels, out_channels, 3, 3, eps=eps)
+        self.conv_sc = SpectralLayer(out_channels, in_channels, 1, 1, eps=eps)
+        self.bn1 = ConditionalBatchNorm(in_channels, make_map)
+        self.bn2 = ConditionalBatchNorm(out_channels, make_map)
+
+    def forward(self, x, v):
+        h = F.interpolate(F.relu(self.bn1(x, v), inplace=True), scale_factor=2)
+        h = F.relu(self.bn2(self.conv1(h), v), inplace=True)
+        return self.conv2(h) + self.conv_sc(F.interpolate(x, scale_factor=2))
+
+
+class DiscriminatorBlock(nn.Module):
+    """Residual block, wide form; halve: average pooling at the end; first: reads images, so no ReLU at the entry."""
+
+    def __init__(self, in_channels, out_channels, first, halve, eps):
+        super().__init__()
+        self.conv1 = SpectralLayer(out_channels, in_channels, 3, 3, eps=eps)
+        self.conv2 = SpectralLayer(out_channels, out_channels, 3, 3, eps=eps)
+        self.conv_sc = nn.Identity()
+        if halve or in_channels != out_channels:
+            self.conv_sc = SpectralLayer(out_channels, in_channels, 1, 1, eps=eps)
+        self.first, self.halve = first, halve
+
+    def forward(self, x):
+        h = self.conv1(x if self.first else F.relu(x))  # not in place: the shortcut takes x as it is
+        h = self.conv2(F.relu(h, inplace=True))
+        if self.first:  # a 1x1 convolution and pooling commute: images are pooled first, three channels being few
+            return F.avg_pool2d(h, 2) + self.conv_sc(F.avg_pool2d(x, 2))
+        h = h + self.conv_sc(x)
+        return F.avg_pool2d(h, 2) if self.halve else h
+
+
+def biggan_channels(size, ch):
+    """Channels of the generator's 4x4 start and after each of its blocks, and after each of the discriminator's."""
+    factors = {
+        32: ((4, 4, 4, 4), (4, 4, 4, 4)),
+        64: ((16, 16, 8, 4, 2), (1, 2, 4, 8, 16)),
+        128: ((16, 16, 8, 4, 2, 1), (1, 2, 4, 8, 16, 16)),
+        256: ((16, 16, 8, 8, 4, 2, 1), (1, 2, 4, 8, 8, 16, 16)),
+    }
+    if size not in factors:
+        raise ValueError(f"size is {size}, expected 32, 64, 128 or 256")
+    return [[ch * factor for factor in widths] for widths in factors[size]]
+
+
+class BigGANGenerator(nn.Module):
+    """The generator of BigGAN: class and latent condition the batch norm of every block.
+
+    Args:
+        size: side of the images, 32, 64, 128 or 256.
+        ch: channel multiplier, 96 in the paper; 48 is DGL-GAN's half-width student.
+        dim_z: length of z; when hierarchical, rounded down to a multiple of the chunks: read self.dim_z.
+        shared_dim: length of the class embedding that all norms share; None: a table of classes in every norm (CIFAR).
+        hierarchical: z is cut into equal chunks, the first for the 4x4 start and one for each block.
+        attention: side of the maps that an attention layer reads; none for a side that no block has, and for None.
+        sn_eps: epsilon of the spectral norm: 1e-6 for ImageNet, 1e-8 for CIFAR in the released scripts.
+
+    Raises ValueError for another size, and for hierarchical without a shared embedding to join the chunks to.
+    """
+
+    def __init__(
+        self, size, ch=96, n_classes=1000, dim_z=120, shared_dim=128, hierarchical=True, attention=64, sn_eps=1e-6
+    ):
+        super().__init__()
+        self.config = dict(size=size, ch=ch, n_classes=n_classes, dim_z=dim_z, shared_dim=shared_dim)
+        self.config |= dict(hierarchical=hierarchical, attention=attention, sn_eps=sn_eps)
+        if hierarchical and not shared_dim:
+            raise ValueError("hierarchical needs a shared embedding: give shared_dim, or hierarchical=False")
+        (start, *widths), _ = biggan_channels(size, ch)
+        self.n_chunks = len(widths) + 1 if hierarchical else 1
+        chunk = dim_z // self.n_chunks
+        self.dim_z = chunk * self.n_chunks
+
+        def make_map(channels):
+            if not shared_dim:
+                return nn.Embedding(n_classes, channels)
+            condition_dim = shared_dim + chunk if hierarchical else shared_dim
+            return SpectralLayer(channels, condition_dim, bias=False, eps=sn_eps)
+
+        self.shared = nn.Embedding(n_classes, shared_dim) if shared_dim else nn.Identity()
+        self.linear = SpectralLayer(16 * start, chunk, eps=sn_eps)
+        self.blocks = nn.ModuleList()
+        for i, (before, after) in enumerate(zip([start, *widths], widths, strict=False)):
+            self.blocks.append(nn.ModuleList([GeneratorBlock(before, after, make_map, sn_eps)]))
+            if 8 * 2**i == attention:
+                self.blocks[i].append(SelfAttention(after, sn_eps))
+        self.output_layer = nn.Sequential(
+            OutputBatchNorm(widths[-1]), nn.ReLU(inplace=True), SpectralLayer(3, widths[-1], 3, 3, eps=sn_eps)
+        )
+        self.register_load_state_dict_pre_hook(adapt_reference_keys)
+
+    def forward(self, z, y):
+        """Latents z (N, dim_z) from N(0, 1) and classes y -> images (N, 3, size, size) in [-1, 1], in z's type.
+
+        y: labels (N,), integer; or embedded classes (N, shared_dim), self.shared(labels), which can be mixed.
+        """
+        v = y if y.is_floating_point() else self.shared(y)
+        first, *chunks = z.chunk(self.n_chunks, 1)
+        conditions = [torch.cat([v, chunk], 1) for chunk in chunks] or [v] * len(self.blocks)
+        x = self.linear(first).view(len(z), -1, 4, 4)
+        for layers, condition in zip(self.blocks, conditions, strict=True):
+            x = layers[0](x, condition)
+            for attention in layers[1:]:
+                x = attention(x)
+        return torch.tanh(self.output_layer(x).to(z.dtype))
+
+
+class BigGANDiscriminator(nn.Module):
+    """The projection discriminator of BigGAN; arguments as BigGANGenerator's."""
+
+    def __init__(self, size, ch=96, n_classes=1000, attention=64, sn_eps=1e-6):
+        super().__init__()
+        _, widths = biggan_channels(size, ch)
+        halvings = 2 if size == 32 else len(widths) - 1
+        self.blocks = nn.Sequential()
+        for i, (before, after) in enumerate(zip([3, *widths], widths, strict=False)):
+            layers = [DiscriminatorBlock(before, after, first=i == 0, halve=i < halvings, eps=sn_eps)]
+            if size >> min(i + 1, halvings) == attention:
+                layers += [SelfAttention(after, sn_eps)]
+            self.blocks.append(nn.Sequential(*layers))
+        self.linear = SpectralLayer(1, widths[-1], eps=sn_eps)
+        self.embed = SpectralLayer(n_classes, widths[-1], bias=False, eps=sn_eps)  # one row a class
+        self.register_load_state_dict_pre_hook(adapt_reference_keys)
+
+    def forward(self, images, labels):
+        """(N, 3, size, size) in [-1, 1] and their classes (N,) -> logits (N, 1), in the type of the weights."""
+        x = self.blocks(images)
+        with disable_autocast(x):
+            h = F.relu(x).sum((2, 3), dtype=self.linear.weight.dtype)
+            projection = F.embedding(labels, self.embed.normalised_weight()) * h
+            return self.linear(h) + projection.sum(1, keepdim=True)
+
+
+def init_biggan(net, orthogonal=True):
+    """Initialises all weights but biases: orthogonal (ImageNet), or from N(0, 0.02) (CIFAR)."""
+    for module in net.modules():
+        if isinstance(module, (SpectralLayer, nn.Embedding)):
+            nn.init.orthogonal_(module.weight) if orthogonal else nn.init.normal_(module.weight, 0.0, 0.02)
+    return net
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training: steps, moving averages, several processes
+
+
+def processes():
+    """(rank, number of processes) of torch.distributed, (0, 1) without it."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def say(text):
+    """Prints, on rank 0 alone."""
+    if processes()[0] == 0:
+        print(text, flush=True)
+
+
+def start_processes(device):
+    """Joins the process group that torchrun describes, if any, and tunes torch to the device."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")
+    elif hasattr(ctypes.CDLL(None) if os.name == "posix" else None, "mallopt"):
+        # glibc would give every tensor over 32 MB back to the system, and clearing its pages anew can cost half a step.
+        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: blocks mapped one by one
+        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: bytes kept at the end of the heap
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=2))  # rank 0 may download, or resize the images
+
+
+def run_batches(dataset, batch_size, numbers, workers):
+    """Iterates over a run's batches of these numbers: n has the items from n * global batch on, shared out.
+
+    Which items a batch has depends on its number alone, so a run that resumes sees what it would have seen.
+    """
+    rank, world = processes()
+    starts = ((n * world + rank) * batch_size for n in numbers)
+    return iter(
+        DataLoader(
+            dataset,
+            batch_sampler=(range(start, start + batch_size) for start in starts),
+            num_workers=workers,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=leave_group,
+            generator=torch.Generator(),  # the loader draws a seed: not from the run's random numbers
+        )
+    )
+
+
+def share_batches(dataset, batch_size, workers):
+    """Iterates once over this process's share of a dataset, in batches of up to batch_size."""
+    share = range(processes()[0], len(dataset), processes()[1])
+    options = dict(num_workers=workers, worker_init_fn=leave_group, generator=torch.Generator())
+    return DataLoader(dataset, batch_size, sampler=share, **options)
+
+
+def leave_group(_worker):
+    """Data loader workers leave the process group, whose signals are meant for the main process: it ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
+
+
+def take_step(optimizer, loss):
+    """One step of the optimiser against the gradient of loss, averaged over the processes."""
+    optimizer.zero_grad()
+    loss.backward()
+    average_gradients(optimizer)
+    optimizer.step()
+
+
+def average_gradients(optimizer):
+    """Replaces the gradients of the optimiser's parameters by their mean over the processes."""
+    world = processes()[1]
+    if world > 1:
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        for gradient, mean in zip(gradients, (flat / world).split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
+
+
+def share_weights(networks):
+    """Gives every process rank 0's parameters and buffers."""
+    if processes()[1] > 1:
+        for net in networks:
+            for tensor in net.state_dict().values():
+                dist.broadcast(tensor, 0)
+
+
+@torch.no_grad()
+def update_ema(ema, net, decay, buffers=False):
+    """Moves the parameters, and buffers, of a moving average towards net's: ema = decay * ema + (1 - decay) * net."""
+    averaged, moved = (list((n.state_dict() if buffers else dict(n.named_parameters())).values()) for n in (ema, net))
+    torch._foreach_lerp_(averaged, moved, 1 - decay)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Weights on disk
 
 
@@ -628,20 +976,62 @@ def write_json(path, content):
     write_atomically(path, lambda file: file.write((json.dumps(content, indent=1) + "\n").encode()))
 
 
-def save_checkpoint(path, networks, content):
-    """Writes the weights of networks (name to module) and content, anything that load_file reads.
+def save_checkpoint(path, networks, optimizers, own, **content):
+    """Writes all that a run needs to go on to the bit; every process calls it, rank 0 writes.
+
+    Args:
+        networks, optimizers: name to module, name to optimiser.
+        own: what this process alone knows; its random state is added.
+        content: anything else that load_file reads.
 
     Raises SystemExit, the file at path being untouched, when a weight is not finite or the disk is full.
     """
-    for name, net in networks.items():
-        for key, value in net.state_dict().items():
+    device = next(next(iter(networks.values())).parameters()).device
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    rank, world = processes()
+    ranks = [own | dict(random=torch.get_rng_state(), cuda=cuda)] * world
+    if world > 1:
+        dist.gather_object(ranks[0], ranks if rank == 0 else None)
+    if rank > 0:
+        return
+    content |= {"ranks": ranks, "networks": {name: net.state_dict() for name, net in networks.items()}}
+    content |= {"optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()}}
+    for name, weights in content["networks"].items():
+        for key, value in weights.items():
             if not value.isfinite().all():
                 raise SystemExit(f"error: diverged, {name} {key} is not finite; the last checkpoint stays: {path}")
-    content = content | {"networks": {name: net.state_dict() for name, net in networks.items()}}
     try:
         write_atomically(path, lambda file: torch.save(content, file))
     except (OSError, RuntimeError) as error:
         raise SystemExit(f"error: {path}: not saved ({error}); the last checkpoint stays") from error
+
+
+def load_checkpoint(path, script):
+    """Reads what save_checkpoint wrote with script=...; InputError for another script's or anything else."""
+    content = load_file(path)
+    if content.get("script") != script:
+        found = f"a checkpoint of train_{content['script']}.py" if "script" in content else "no checkpoint of a run"
+        raise InputError(f"{path}: {found}, expected one of train_{script}.py")
+    return content
+
+
+def restore(checkpoint, path, networks, optimizers):
+    """Loads networks, optimisers and this process's random state from a checkpoint -> what it alone knew.
+
+    Raises InputError when the run had another number of processes or other networks.
+    """
+    rank, world = processes()
+    if len(checkpoint["ranks"]) != world:
+        raise InputError(f"{path}: the run has {len(checkpoint['ranks'])} processes, found {world}: start as many")
+    for name, net in networks.items():
+        load_weights(net, checkpoint["networks"].get(name), f"{path}, {name}")
+    for name, optimizer in optimizers.items():
+        optimizer.load_state_dict(checkpoint["optimizers"][name])
+    own = checkpoint["ranks"][rank]
+    torch.set_rng_state(own["random"])
+    if own["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(own["cuda"])
+    return own
 
 
 def load_file(path):
@@ -690,26 +1080,28 @@ def load_weights(net, state_dict, source):
     net.load_state_dict(state_dict)
 
 
-def load_networks(paths, networks):
+def load_networks(paths, networks, script):
     """Loads trained networks (name to module): a file each, in their order, or all from one checkpoint.pt of ours.
 
-    Raises InputError for more files than networks, and for a file that is missing, damaged or does not fit.
+    Raises InputError for more files than networks, for a checkpoint of another script than the one named, and for a
+    file that is missing, damaged or does not fit.
     """
     if len(paths) > len(networks):
         raise InputError(f"{len(paths)} files of weights, expected at most {len(networks)}: {', '.join(networks)}")
     for path, (name, net) in zip(paths, networks.items(), strict=False):
         content = load_file(path)
-        if isinstance(content.get("networks"), dict):
+        if "script" in content:
+            content = load_checkpoint(path, script)
             for each in networks:
                 load_weights(networks[each], content["networks"].get(each), f"{path}, {each}")
             return
         load_weights(net, content.get("state_dict", content), f"{path}, as {name}")
 
 
-def save_generator(path, net):
-    """Writes the generator's weights and the arguments needed to rebuild it; load_generator reads it anywhere."""
+def save_generator(path, net, **facts):
+    """Writes the generator's weights, the arguments needed to rebuild it, and facts; load_generator reads it."""
     state_dict = {key: value.detach().cpu().contiguous() for key, value in net.state_dict().items()}
-    content = {"network": type(net).__name__, "config": net.config, "state_dict": state_dict}
+    content = {"network": type(net).__name__, "config": net.config, "state_dict": state_dict} | facts
     write_atomically(path, lambda file: torch.save(content, file))
 
 
@@ -719,12 +1111,178 @@ def load_generator(path, device="cpu"):
     Raises InputError when the file is missing, damaged or something else.
     """
     content = load_file(path)
-    classes = {cls.__name__: cls for cls in (ResnetGenerator, UnetGenerator, StyleGAN2Generator)}
+    classes = {cls.__name__: cls for cls in (ResnetGenerator, UnetGenerator, StyleGAN2Generator, BigGANGenerator)}
     if content.get("network") not in classes or "state_dict" not in content:
         raise InputError(f"{path}: not a file of save_generator; for a bare state dict build the network and load it")
     net = classes[content["network"]](**content["config"])
     load_weights(net, content["state_dict"], path)
     return net.to(device).eval()
+
+
+def trained_options(path, script, role):
+    """What a checkpoint.pt of the script, or a student.pt, says of the network with that role, as its options."""
+    content = load_file(path)
+    if "script" in content:
+        saved = load_checkpoint(path, script)["args"]
+        return {key: saved[key] for key in (f"{role}_arch", f"{role}_ngf") + (("ndf",) if role == "teacher" else ())}
+    if content.get("network") not in ("ResnetGenerator", "UnetGenerator"):
+        return {}
+    config = content["config"]
+    arch = "unet_256" if "num_downs" in config else "mobile_" * config["separable"] + "resnet_9blocks"
+    return {f"{role}_arch": arch, f"{role}_ngf": config["ngf"]}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A run's folder: args.json, log.jsonl, samples/ and the files above
+
+
+def check_output(args):
+    """Raises InputError for an output folder that holds a run, or that cannot be written, before anything is."""
+    out = Path(args.out).absolute()
+    if (out / "args.json").exists() and not (args.resume or args.overwrite):
+        raise InputError(f"{args.out}: holds a run; go on with --resume, replace it with --overwrite, or choose --out")
+    existing = next(path for path in (out, *out.parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise InputError(f"{args.out}: cannot be written, {existing} is no folder or is write-protected")
+
+
+def open_output(args, step, evaluated, goes_on):
+    """Makes the output folder; drops a replaced run's files, and of a resumed one's log what its checkpoint lacks."""
+    out = Path(args.out)
+    (out / "samples").mkdir(parents=True, exist_ok=True)
+    if args.overwrite:
+        names = "checkpoint.pt student.pt best_student.pt teacher.pt stage1.pt stage2.pt log.jsonl summary.json"
+        for old in (*(out / name for name in names.split()), *out.glob("samples/*.png")):
+            old.unlink(missing_ok=True)
+    if args.resume and goes_on and (out / "log.jsonl").exists():
+        whole = [line for line in (out / "log.jsonl").read_text().splitlines(keepends=True) if line.endswith("}\n")]
+        known = [(line, json.loads(line)) for line in whole]
+        kept = [line for line, e in known if e["step"] <= (evaluated if "evaluation" in e else step) and "cut" not in e]
+        write_atomically(out / "log.jsonl", lambda file: file.write("".join(kept).encode()))
+    write_json(out / "args.json", vars(args))
+    if args.extended and args.extended[-1]["step"] == step:
+        grown = args.extended[-1]["extended"]
+        log(args, args.extended[-1], f"extended at step {step}: {', '.join(f'{k} {v:g}' for k, v in grown.items())}")
+
+
+def log(args, entry, progress="", losses=(), cut=False):
+    """On rank 0, appends an entry to log.jsonl, and says progress and losses, folded at 100 columns between the losses.
+
+    cut: the entry is there because the run was cut short, and is dropped when it goes on.
+    """
+    if processes()[0] == 0:
+        with open(Path(args.out, "log.jsonl"), "a") as file:
+            file.write(json.dumps(entry | (dict(cut=True) if cut else {})) + "\n")
+        parts = [progress, *(f"{name} {value:.3g}" for name, value in dict(losses).items())]
+        folded = textwrap.fill("  ".join(part.replace(" ", "\xa0") for part in parts), 100, subsequent_indent="    ")
+        say(folded.replace("\xa0", " "))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def to_rgb(image):
+    """Convert a PIL image of any mode to 8-bit RGB: turned as its EXIF data say, transparency on white.
+
+    Otherwise Pillow's conversion, but 16-bit grey is scaled, not clipped.
+    """
+    image.load()
+    with contextlib.suppress(Exception):  # damaged EXIF data count for none
+        image = ImageOps.exif_transpose(image)
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        grey, clear = np.asarray(image), image.info.get("transparency", -1)
+        image = Image.fromarray(np.where(grey == clear, 255, (grey / 257 + 0.5).clip(0, 255)).astype(np.uint8))
+    if image.has_transparency_data:
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def save_grid(path, blocks, columns=1):
+    """Writes named blocks of images as one picture, each under its name.
+
+    Args:
+        blocks: name to images (N, 3, H, W) in [-1, 1]. With columns=1 every block is a column and they stand side by
+            side, else every block has rows of so many images and they stand one below the other.
+    """
+    pictures = []
+    for name, images in blocks.items():
+        grid = make_grid((images.float().cpu().clamp(-1, 1) + 1) / 2, nrow=columns)
+        grid = Image.fromarray((grid * 255).round().byte().permute(1, 2, 0).numpy())
+        labelled = Image.new("RGB", (grid.width, grid.height + 16), "white")
+        labelled.paste(grid, (0, 16))
+        sizes = [size for size in range(12, 5, -1) if ImageFont.load_default(size).getlength(name) <= grid.width - 2]
+        ImageDraw.Draw(labelled).text((2, 8), name, "black", ImageFont.load_default([*sizes, 6][0]), anchor="lm")
+        pictures.append(np.asarray(labelled))
+    picture = Image.fromarray(np.concatenate(pictures, axis=1 if columns == 1 else 0))
+    write_atomically(path, lambda file: picture.save(file, "png"))
+
+
+@torch.inference_mode()
+def translate(net, image):
+    """One PIL image of any size and mode -> its translation, a PIL image of the same size.
+
+    The sides are padded by reflection to what the generator can halve, and the padding is cut off again.
+    """
+    pixels = np.asarray(to_rgb(image))
+    height, width = pixels.shape[:2]
+    multiple = max(net.size_multiple, 16)  # smaller maps than 4x4 cannot be padded inside the network
+    pixels = np.pad(pixels, ((0, -height % multiple), (0, -width % multiple), (0, 0)), mode="reflect")
+    x = torch.from_numpy(pixels).to(next(net.parameters()).device).permute(2, 0, 1)[None] / 127.5 - 1
+    y = (net(x)[0, :, :height, :width].clamp(-1, 1) + 1) * 127.5
+    return Image.fromarray(y.round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+def translate_folder(net, source, target):
+    """Translates every picture below the folder source into a PNG of the same name below target."""
+    paths = sorted(path for path in Path(source).rglob("*") if path.is_file())
+    if not paths:
+        raise InputError(f"{source}: no such folder, or nothing in it")
+    stems = [path.with_suffix("") for path in paths]
+    skipped = 0
+    for n, (path, stem) in enumerate(zip(paths, stems, strict=True), 1):
+        try:
+            with Image.open(path) as image:
+                translated = translate(net, image)
+        except (OSError, SyntaxError, ValueError) as error:
+            skipped += 1
+            print(f"skipped {path}: {' '.join(str(error).split())}", file=sys.stderr)
+            continue
+        name = stem.name if stems.count(stem) == 1 else path.name.replace(".", "_")
+        place = Path(target, path.parent.relative_to(source), f"{name}.png")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        translated.save(place)
+        print(f"{n}/{len(paths)} {place}")
+    print(f"{len(paths) - skipped} pictures translated into {target}, {skipped} files skipped")
+
+
+@torch.inference_mode()
+def draw_samples(net, target, count, truncation, seed):
+    """Writes count pictures of a StyleGAN2 or BigGAN, and a grid of the first 64, into the folder target.
+
+    truncation: StyleGAN2's w is moved to the mean so far; BigGAN's z has no entry beyond it, classes take turns.
+    """
+    Path(target).mkdir(parents=True, exist_ok=True)
+    device = next(net.parameters()).device
+    torch.manual_seed(seed)
+    center = net.mean_latent() if isinstance(net, StyleGAN2Generator) else None
+    images = []
+    for n in range(count):
+        generator = torch.Generator().manual_seed(seed + n)
+        if isinstance(net, BigGANGenerator):
+            z = nn.init.trunc_normal_(torch.empty(1, net.dim_z), a=-truncation, b=truncation, generator=generator)
+            image = net(z.to(device), torch.tensor([n % net.config["n_classes"]], device=device))
+        else:
+            image = net(torch.randn(1, net.style_dim, generator=generator).to(device), truncation, center)
+        image = image[0].clamp(-1, 1).cpu()
+        images = (images + [image])[:64]
+        Image.fromarray(((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()).save(
+            Path(target, f"{n:05d}.png")
+        )
+        print(f"{n + 1}/{count}", end="\r", flush=True)
+    save_grid(Path(target, "grid.png"), {f"truncation {truncation:g}, seed {seed}": torch.stack(images)}, 8)
+    print(f"{count} pictures and grid.png in {target}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -772,49 +1330,95 @@ def cost(net, *inputs):
     )
 
 
-def comparison(rows):
+def compare(teacher, student, *inputs):
+    """{"teacher": cost, "student": cost, "ratio": teacher / student} of two networks, put in eval mode."""
+    rows = {"teacher": cost(teacher.eval(), *inputs), "student": cost(student.eval(), *inputs)}
+    return rows | {"ratio": {key: rows["teacher"][key] / rows["student"][key] for key in rows["student"]}}
+
+
+def table(rows):
     """{name: {column: number}} -> the same as an aligned text table."""
     columns = list(max(rows.values(), key=len))
-    lines = [f"{'':10}" + "".join(f"{column:>23}" for column in columns)]
+    lines = [f"{'':10}" + "".join(f"{column:>16}" for column in columns)]
     for name, row in rows.items():
         texts = (f"{row[c]:,}" if isinstance(row[c], int) else f"{row[c]:.4g}" for c in columns if c in row)
-        lines.append(f"{name:10}" + "".join(f"{text:>23}" for text in texts))
+        lines.append(f"{name:10}" + "".join(f"{text:>16}" for text in texts))
     return "\n".join(lines)
 
 
-def main():
+def print_table():
+    """What each generator costs; beside the first of a group the others' factors."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    image, z = torch.randn(1, 3, 256, 256, device=device), torch.randn(1, 512, device=device)
-    resnet, unet, stylegan2 = ResnetGenerator, UnetGenerator, StyleGAN2Generator
+    image, y = torch.randn(1, 3, 256, 256, device=device), torch.zeros(1, dtype=torch.long, device=device)
+    z512, z120, z128 = (torch.randn(1, n, device=device) for n in (512, 120, 128))
+    cifar = dict(n_classes=10, dim_z=128, shared_dim=None, hierarchical=False, attention=None)
     groups = [
         [
-            ("ResNet-9, ngf 64 (original)", lambda: resnet(), image),
-            ("mobile ResNet-9, ngf 64", lambda: resnet(separable=True), image),
-            ("mobile ResNet-9, ngf 16 (DCD)", lambda: resnet(ngf=16, separable=True), image),
+            ("ResNet-9, ngf 64 (original)", lambda: ResnetGenerator(), image),
+            ("mobile ResNet-9, ngf 64", lambda: ResnetGenerator(separable=True), image),
+            ("mobile ResNet-9, ngf 16 (DCD)", lambda: ResnetGenerator(ngf=16, separable=True), image),
         ],
         [
-            ("U-Net-256, ngf 64 (original)", lambda: unet(), image),
-            ("U-Net-256, ngf 16 (DCD)", lambda: unet(ngf=16), image),
+            ("U-Net-256, ngf 64 (original)", lambda: UnetGenerator(), image),
+            ("U-Net-256, ngf 16 (DCD)", lambda: UnetGenerator(ngf=16), image),
+        ],
+        *(
+            [
+                (f"StyleGAN2-{size}, width {name}", lambda s=size, w=width: StyleGAN2Generator(s, width=w), z512)
+                for name, width in (("1 (original)", 1), ("1/2 (DGL)", 0.5), ("1/4 (DGL)", 0.25))
+            ]
+            for size in (256, 1024)
+        ),
+        [
+            ("BigGAN-128, ch 96 (original)", lambda: BigGANGenerator(128), z120, y),
+            ("BigGAN-128, ch 48 (DGL)", lambda: BigGANGenerator(128, 48), z120, y),
+        ],
+        [
+            ("BigGAN-32 for CIFAR-10, ch 96", lambda: BigGANGenerator(32, **cifar), z128, y),
+            ("BigGAN-32, ch 48 (DGL)", lambda: BigGANGenerator(32, 48, **cifar), z128, y),
         ],
     ]
-    for size in (256, 1024):
-        names = {1.0: "(original)", 0.5: "1/2 (DGL)", 0.25: "1/4 (DGL)"}
-        groups += [
-            [(f"StyleGAN2-{size}, width {names[w]}", lambda s=size, w=w: stylegan2(s, width=w), z) for w in names]
-        ]
-    print(f"{'':32}{'parameters':>18}{'MACs, exact':>19}{'MACs, published':>20}{'time per image':>16}")
+    print(f"{'':34}{'parameters':>18}{'MACs, exact':>19}{'MACs, published':>20}{'time per image':>16}")
     for group in groups:
         original = None
-        for name, build, x in group:
-            *counts, seconds = cost(build().to(device).eval(), x).values()
+        for name, build, *inputs in group:
+            *counts, seconds = cost(build().to(device).eval(), *inputs).values()
             original = original or counts
             params, exact, published = (
                 f"{count / unit:.3f}{letter} {first / count:5.1f}x"
                 for count, first, unit, letter in zip(counts, original, (1e6, 1e9, 1e9), "MGG", strict=True)
             )
-            print(f"{name:32}{params:>18}{exact:>19}{published:>20}{1000 * seconds:13.1f} ms", flush=True)
+            print(f"{name:34}{params:>18}{exact:>19}{published:>20}{1000 * seconds:13.1f} ms", flush=True)
     print(f"\nTime on {device} ({torch.get_num_threads()} threads), batch 1, float32; image networks at 256x256.")
     print("Published MACs: the convention of the papers' tables, which counts transposed convolutions four times.")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"models.py: error: {message}\n")
+    parser.add_argument("generator", nargs="?", metavar="student.pt", help="a compressed generator; without: the table")
+    parser.add_argument("folders", nargs="*", metavar="FOLDER", help="pictures and where to put their translations; or")
+    parser.add_argument(
+        "--count", type=int, default=64, help="where to put so many pictures of a StyleGAN2 or BigGAN (64)"
+    )
+    parser.add_argument("--truncation", type=float, default=0.7, help="of their latents (0.7)")
+    parser.add_argument("--seed", type=int, default=0, help="of their latents (0)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    if args.generator is None:
+        return print_table()
+    try:
+        net = load_generator(args.generator, args.device)
+        need = 1 if isinstance(net, (StyleGAN2Generator, BigGANGenerator)) else 2
+        if len(args.folders) != need:
+            what = ("one folder, where to draw", "two folders, from and to")[need - 1]
+            raise InputError(f"{args.generator} is a {type(net).__name__}: give {what}, found {len(args.folders)}")
+        if need == 1:
+            draw_samples(net, *args.folders, args.count, args.truncation, args.seed)
+        else:
+            translate_folder(net, *args.folders)
+    except (InputError, OSError) as error:
+        parser.error(error)
 
 
 if __name__ == "__main__":
