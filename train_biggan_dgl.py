@@ -62,7 +62,7 @@ def parse_args(argv):
     at("--teacher-ch", type=at_least(1), default=96, help="channel multiplier of the teacher's networks")
     at("--student-ch", type=at_least(1), default=48, help="of the student's generator")
     at("--student-d-ch", type=at_least(1), default=96, help="of its discriminator")
-    at("--dim-z", type=at_least(1), default=120, help="length of the latent; rounded down to fit the blocks")
+    at("--dim-z", type=at_least(8), default=120, help="length of the latent; rounded down to fit the blocks")
     at("--shared-dim", type=at_least(0), default=128, help="length of the class embedding; 0: a table in every norm")
     at("--hierarchical", action=argparse.BooleanOptionalAction, default=True, help="every block gets a part of z")
     at("--attention", type=at_least(0), default=64, help="side of the maps with an attention layer, 0: none")
@@ -106,6 +106,8 @@ def parse_args(argv):
         fail("stage 2 needs a teacher: give --teacher FILE or a --teacher-kimg, or leave out stage 2: --stage2-kimg 0")
     if args.hierarchical and not args.shared_dim:
         fail("--hierarchical needs --shared-dim: without a shared embedding give --no-hierarchical")
+    if args.attention and min(args.teacher_ch, args.student_ch, args.student_d_ch) < 8:
+        fail("--attention needs channel multipliers of 8 or more, or give --attention 0")
     return args, checkpoint
 
 
@@ -145,7 +147,7 @@ def train(args, checkpoint):
         z = dict(dim_z=args.dim_z, shared_dim=shared_dim, hierarchical=args.hierarchical)
         G = BigGANGenerator(args.size, g_ch, len(classes), attention=attention, sn_eps=args.sn_eps, **z)
         D = BigGANDiscriminator(args.size, d_ch, len(classes), attention, args.sn_eps)
-        init_biggan(G, args.init == "orthogonal"), init_biggan(D, args.init == "orthogonal")
+        G, D = (init_biggan(net, args.init == "orthogonal") for net in (G, D))
         return dict(g=G, d=D, g_ema=copy.deepcopy(G).eval())
 
     teacher = build_pair(args.teacher_ch, args.teacher_ch)
@@ -370,22 +372,24 @@ def save_samples(path, nets, classes, seed):
     models.save_grid(path, blocks, 8)
 
 
+def pair_options(role):
+    """The options that a trained pair with that role brings along."""
+    widths = ("teacher_ch",) if role == "teacher" else ("student_ch", "student_d_ch")
+    return ("size", "dim_z", "shared_dim", "hierarchical", "attention", "sn_eps", *widths)
+
+
 def read_pair(paths, role):
     """A trained pair: state dicts D [G_ema], or {g, d, g_ema} or a checkpoint.pt of ours -> it, its options."""
     content = models.load_file(paths[0])
-    names = ("size", "dim_z", "shared_dim", "hierarchical", "attention", "sn_eps", f"{role}_ch")
-    names += ("student_d_ch",) if role == "student" else ()
     if "script" in content:
         content = models.load_checkpoint(paths[0], NAME)
-        nets, saved = content["networks"], content["args"]
-        pair = {name.removeprefix(f"{role}_"): weights for name, weights in nets.items() if name.startswith(role)}
-        return pair, {name: saved[name] for name in names}
-    if "d" in content:
+        nets, known = content["networks"], content["args"]
+        content = {name.removeprefix(f"{role}_"): weights for name, weights in nets.items() if name.startswith(role)}
+    elif "d" in content:
         known = vars(content["args"]) if isinstance(content.get("args"), argparse.Namespace) else {}
-        return content, {
-            f"{role}_{k}" if k in ("ch", "d_ch") else k: v for k, v in known.items() if (role, k) != ("teacher", "d_ch")
-        }
-    return dict(zip(("d", "g_ema"), [content, *map(models.load_file, paths[1:2])], strict=False)), {}
+    else:
+        content, known = dict(zip(("d", "g_ema"), [content, *map(models.load_file, paths[1:2])], strict=False)), {}
+    return content, {name: known[name] for name in pair_options(role) if name in known}
 
 
 def load_pair(paths, role, networks, needed):
@@ -396,23 +400,17 @@ def load_pair(paths, role, networks, needed):
             raise InputError(f"{paths[0]}: has no {name!r}, expected the state dicts g, d and g_ema")
     found = [name for name in networks if name in content]
     for name in found:
-        models.load_weights(
-            networks[name], content[name], f"{paths[0]}, {name} with this --size, width and data's classes"
-        )
+        source = f"{paths[0]}, {name} with this --size, width and number of classes"
+        models.load_weights(networks[name], content[name], source)
     return found
 
 
 def save_pair(path, pair, role, args):
     """Writes a trained pair, {g, d, g_ema, args}; --teacher and --student read it."""
-    content = {
-        name: {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()} for name, net in pair.items()
-    }
-    facts = {
-        name: getattr(args, name) for name in ("size", "dim_z", "shared_dim", "hierarchical", "attention", "sn_eps")
-    }
-    facts |= dict(ch=args.teacher_ch, d_ch=args.teacher_ch)
-    facts |= dict(ch=args.student_ch, d_ch=args.student_d_ch) if role == "student" else {}
-    content["args"] = argparse.Namespace(**facts)
+    content = {}
+    for name, net in pair.items():
+        content[name] = {key: value.detach().cpu().contiguous() for key, value in net.state_dict().items()}
+    content["args"] = argparse.Namespace(**{name: getattr(args, name) for name in pair_options(role)})
     models.write_atomically(path, lambda file: torch.save(content, file))
 
 

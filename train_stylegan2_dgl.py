@@ -396,9 +396,9 @@ def load_pair(path, role, networks, needed):
 
 def save_pair(path, pair, role, args):
     """Writes a trained pair as the community does: {g, d, g_ema, args}; --teacher and --student read it."""
-    content = {
-        name: {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()} for name, net in pair.items()
-    }
+    content = {}
+    for name, net in pair.items():
+        content[name] = {key: value.detach().cpu().contiguous() for key, value in net.state_dict().items()}
     widths = (args.teacher_width,) * 2 if role == "teacher" else (args.student_width, args.student_d_width)
     sizes = dict(size=args.size, latent=args.style_dim, n_mlp=args.n_mlp, channel_multiplier=args.channel_multiplier)
     content["args"] = argparse.Namespace(**sizes, width=widths[0], d_width=widths[1])
