@@ -74,6 +74,11 @@ def write_atomically(path, write):
 # Images
 
 
+def digest(facts):
+    """Return a short name for facts that are compared or that name a file."""
+    return hashlib.sha256(repr(facts).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
 def walk(folder, above=()):
     """Yield the paths of all files under a folder. Links are followed, save those to a folder that they lie in."""
     real = os.path.realpath(folder)
@@ -211,7 +216,15 @@ class ImageFiles:
             say(f"{self.source}: {len(small)} of {len(self)} are under {least} pixels and enlarged, down to {smallest}")
         if self.transparent:
             say(f"{self.source}: {self.transparent} of {len(self)} pictures have transparency, shown on white")
-        return hashlib.sha256(repr((self.names, sizes)).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+        return digest((self.names, sizes))
+
+    def fingerprint(self):
+        """Return a short digest of the names, sizes and modification times (.zip: checksums) of the files."""
+        if self.zipped:
+            facts = [(info.CRC, info.file_size) for info in map(self._archive().getinfo, self.names)]
+        else:
+            facts = [(stat.st_mtime_ns, stat.st_size) for stat in map(os.stat, map(self._where, range(len(self))))]
+        return digest((self.names, facts))
 
 
 class Squares:
@@ -235,13 +248,13 @@ class StoredSquares:
     """The squares of ImageFiles, decoded and resized once: item i is a uint8 tensor (3, side, side).
 
     They stand in one .npy in a folder, 3 side^2 bytes an image, that all processes map. Rank 0 writes it, under another
-    name until it is whole, if the folder does not hold it yet; every process has to call this.
+    name until it is whole, if the folder does not hold it yet for these files; every process has to call this.
 
-    digest: of the files, see ImageFiles.survey; part of the file's name. resample: Image.Resampling.
+    resample: one of Image.Resampling. say: called with a line of progress now and then.
     """
 
-    def __init__(self, files, side, folder, digest, say, workers=0, resample=Image.Resampling.BICUBIC):
-        self.path = os.path.join(folder, f"squares_{side}_{digest}.npy")
+    def __init__(self, files, side, folder, say, workers=0, resample=Image.Resampling.BICUBIC):
+        self.path = os.path.join(folder, f"squares_{side}_{digest((files.fingerprint(), resample))}.npy")
         if processes()[0] == 0 and not os.path.exists(self.path):
             os.makedirs(folder, exist_ok=True)
             loader = DataLoader(Squares(files, side, resample), 32, num_workers=workers, generator=torch.Generator())

@@ -191,7 +191,7 @@ def train(args, checkpoint):
     if rank == 0:
         models.open_output(args, first_step, record["evaluated"], first_step < last_step)
     bilinear = Image.Resampling.BILINEAR
-    images = StoredSquares(files, args.size, args.cache or out, data_facts, say, args.workers, bilinear)
+    images = StoredSquares(files, args.size, args.cache or out, say, args.workers, bilinear)
     dataset = LabelledImages(images, labels, args.mirror, args.seed)
     numbers = range(first_step * micro_batches, last_step * micro_batches)
     batches = models.run_batches(dataset, args.batch_size, numbers, args.workers)
@@ -318,7 +318,7 @@ def train(args, checkpoint):
                 entry |= dict(lr=args.lr, images_per_second=rate) | means
                 models.log(args, entry, f"{progress}  {rate:.1f} images/s  {left} left", means, cut)
             if done % args.log_every == 0 or stage_over:
-                meter, since, logged_step = LossMeter(), time.perf_counter(), done
+                meter = LossMeter()
             if rank == 0 and args.sample_every and (done % args.sample_every == 0 or stage_over or last):
                 nets = dict(teacher=teacher["g_ema"]) if "g_ema" in known else {}
                 nets |= dict(student=student["g_ema"]) if stage else {}
@@ -334,6 +334,8 @@ def train(args, checkpoint):
                 name = signal.Signals(signal_number).name
                 say(f"stopped by {name} after step {done}, saved; go on: --out {out} --resume")
                 sys.exit(128 + signal_number)
+            if done % args.log_every == 0:
+                since, logged_step = time.perf_counter(), done
 
     # Summary: teacher against student
     if rank == 0:

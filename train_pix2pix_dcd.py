@@ -307,7 +307,7 @@ def train(args, checkpoint):
             cut = done % args.log_every > 0 and done < schedule_steps
             models.log(args, entry, f"{progress}  {rate:.1f} images/s  {left} left", means, cut)
         if done % args.log_every == 0:
-            meter, since, logged_step = LossMeter(), time.perf_counter(), done
+            meter = LossMeter()
         if rank == 0 and args.sample_every and (done % args.sample_every == 0 or last):
             save_samples(out / f"samples/{done:07d}.png", networks["teacher_G"], shown, dcd_loss, *samples)
         if done % args.save_every == 0 or last or due(done) or signal_number:
@@ -320,6 +320,8 @@ def train(args, checkpoint):
                 f"stopped by {signal.Signals(signal_number).name} after step {done}, saved; go on: --out {out} --resume"
             )
             sys.exit(128 + signal_number)
+        if done % args.log_every == 0:
+            since, logged_step = time.perf_counter(), done
 
     # Summary: teacher against student
     if rank == 0:

@@ -180,7 +180,7 @@ def train(args, checkpoint):
                 raise InputError(f"--{name.replace('_', '-')}: that stage is over, a later one has begun")
     if rank == 0:
         models.open_output(args, first_step, record["evaluated"], first_step < last_step)
-    images = StoredSquares(files, args.size, args.cache or out, data_facts, say, args.workers)
+    images = StoredSquares(files, args.size, args.cache or out, say, args.workers)
     dataset = TrainingImages(images, args.mirror, args.seed)
     batches = models.run_batches(dataset, args.batch_size, range(first_step, last_step), args.workers)
 
@@ -307,7 +307,7 @@ def train(args, checkpoint):
                 cut = done % args.log_every > 0 and not stage_over
                 models.log(args, entry, f"{progress}  {rate:.1f} images/s  {left} left", means, cut)
             if done % args.log_every == 0 or stage_over:
-                meter, since, logged_step = losses.LossMeter(), time.perf_counter(), done
+                meter = losses.LossMeter()
             if rank == 0 and args.sample_every and (done % args.sample_every == 0 or stage_over or last):
                 nets = dict(teacher=teacher["g_ema"]) if "g_ema" in known else {}
                 nets |= dict(student=student["g_ema"]) if stage else {}
@@ -323,6 +323,8 @@ def train(args, checkpoint):
                 name = signal.Signals(signal_number).name
                 say(f"stopped by {name} after step {done}, saved; go on: --out {out} --resume")
                 sys.exit(128 + signal_number)
+            if done % args.log_every == 0:
+                since, logged_step = time.perf_counter(), done
 
     # Summary: teacher against student
     if rank == 0:
