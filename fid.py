@@ -58,7 +58,7 @@ def first_line(error):
 
 def write_atomically(path, write):
     """Call write(file) on a temporary file beside path, and move it into place: a crash leaves no half a file."""
-    temporary = f"{os.fspath(path)}.tmp"
+    temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"  # two processes may want the same file at once
     try:
         with open(temporary, "wb") as file:
             write(file)
@@ -112,7 +112,8 @@ class ImageFiles:
     Every file counts whose extension Pillow can read, unless its name or a folder's above it starts with a dot.
     `names` are relative to the source, `files[i]` is a PIL RGB image, see to_rgb. Picklable and safe in workers.
 
-    replace: instead of an image that cannot be read, the next that can, with one warning on stderr over all workers.
+    replace: instead of an image that cannot be read, the next that can, of its own folder if there is one, with one
+    warning on stderr over all workers.
 
     Raises InputError for a source that is missing, neither folder nor .zip, or without images; on access for an image
     that is unreadable, truncated, or larger than Image.MAX_IMAGE_PIXELS (found before it is decoded), with replace if
@@ -150,22 +151,25 @@ class ImageFiles:
         return len(self.names)
 
     def __getitem__(self, index):
-        n, problem = len(self), None
-        first = range(n)[index]
-        for i in range(first, first + n):
-            try:
-                with self._image(i % n) as image:
+        index = range(len(self))[index]
+        try:
+            with self._image(index) as image:
+                return to_rgb(image)
+        except InputError as error:
+            if self._warned is None:
+                raise
+            problem = error
+        others = [*range(index + 1, len(self)), *range(index)]
+        others.sort(key=lambda i: os.path.dirname(self.names[i]) != os.path.dirname(self.names[index]))
+        for i in others:
+            with contextlib.suppress(InputError):
+                with self._image(i) as image:
                     rgb = to_rgb(image)
-            except InputError as error:
-                if self._warned is None:
-                    raise
-                problem = problem or error
-                continue
-            if problem and not self._warned[first]:
-                self._warned[first] = True
-                print(f"warning: {problem}; {self._where(i % n)} stands in for it", file=sys.stderr, flush=True)
-            return rgb
-        raise InputError(f"{self.source}: none of {n} images can be read, the first: {problem}")
+                if not self._warned[index]:
+                    self._warned[index] = True
+                    print(f"warning: {problem}; {self._where(i)} stands in for it", file=sys.stderr, flush=True)
+                return rgb
+        raise InputError(f"{self.source}: none of {len(self)} images can be read, the first: {problem}")
 
     def _archive(self):
         if self._zip is None or self._zip[0] != os.getpid():
@@ -270,7 +274,7 @@ class StoredSquares:
                         say(f"{files.source}: resized {32 * n + len(images)} of {len(files)} pictures")
 
             write_atomically(self.path, write)
-        gather(None)  # wait for rank 0
+        self.path = gather(self.path)[0]  # and wait for rank 0
         self.images = np.load(self.path, mmap_mode="r")
 
     def __getstate__(self):

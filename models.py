@@ -20,6 +20,7 @@ import contextlib
 import ctypes
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import re
@@ -896,7 +897,7 @@ def run_batches(dataset, batch_size, numbers, workers):
             batch_sampler=(range(start, start + batch_size) for start in starts),
             num_workers=workers,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=leave_group,
+            worker_init_fn=ignore_signals,
             generator=torch.Generator(),  # the loader draws a seed: not from the run's random numbers
         )
     )
@@ -905,15 +906,24 @@ def run_batches(dataset, batch_size, numbers, workers):
 def share_batches(dataset, batch_size, workers):
     """Iterates once over this process's share of a dataset, in batches of up to batch_size."""
     share = range(processes()[0], len(dataset), processes()[1])
-    options = dict(num_workers=workers, worker_init_fn=leave_group, generator=torch.Generator())
+    options = dict(num_workers=workers, worker_init_fn=ignore_signals, generator=torch.Generator())
     return DataLoader(dataset, batch_size, sampler=share, **options)
 
 
-def leave_group(_worker):
-    """Data loader workers leave the process group, whose signals are meant for the main process: it ends them."""
+def ignore_signals(_worker):
+    """Data loader workers go on until the main process, which may get the same signal, has done its step."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(os, "setpgrp"):
-        os.setpgrp()
+
+
+def end_processes():
+    """Leaves the process group and ends data loader workers, however this process ends."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise for each
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def take_step(optimizer, loss):
@@ -967,6 +977,9 @@ def write_atomically(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except RuntimeError as error:  # torch's word for a full disk
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path}: not written ({error})") from error
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -1002,8 +1015,14 @@ def save_checkpoint(path, networks, optimizers, own, **content):
                 raise SystemExit(f"error: diverged, {name} {key} is not finite; the last checkpoint stays: {path}")
     try:
         write_atomically(path, lambda file: torch.save(content, file))
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
         raise SystemExit(f"error: {path}: not saved ({error}); the last checkpoint stays") from error
+
+
+def amend_checkpoint(path, checkpoint, **changes):
+    """Writes a checkpoint that was read, with other content of these names; on rank 0."""
+    if processes()[0] == 0:
+        write_atomically(path, lambda file: torch.save(checkpoint | changes, file))
 
 
 def load_checkpoint(path, script):
@@ -1012,10 +1031,12 @@ def load_checkpoint(path, script):
     if content.get("script") != script:
         found = f"a checkpoint of train_{content['script']}.py" if "script" in content else "no checkpoint of a run"
         raise InputError(f"{path}: {found}, expected one of train_{script}.py")
+    if "evaluated" not in content:
+        raise InputError(f"{path}: written by an earlier version of train_{script}.py, which has to go on with it")
     return content
 
 
-def restore(checkpoint, path, networks, optimizers):
+def restore(checkpoint, path, networks, optimizers=()):
     """Loads networks, optimisers and this process's random state from a checkpoint -> what it alone knew.
 
     Raises InputError when the run had another number of processes or other networks.
@@ -1025,7 +1046,7 @@ def restore(checkpoint, path, networks, optimizers):
         raise InputError(f"{path}: the run has {len(checkpoint['ranks'])} processes, found {world}: start as many")
     for name, net in networks.items():
         load_weights(net, checkpoint["networks"].get(name), f"{path}, {name}")
-    for name, optimizer in optimizers.items():
+    for name, optimizer in dict(optimizers).items():
         optimizer.load_state_dict(checkpoint["optimizers"][name])
     own = checkpoint["ranks"][rank]
     torch.set_rng_state(own["random"])
@@ -1095,7 +1116,7 @@ def load_networks(paths, networks, script):
             for each in networks:
                 load_weights(networks[each], content["networks"].get(each), f"{path}, {each}")
             return
-        load_weights(net, content.get("state_dict", content), f"{path}, as {name}")
+        load_weights(net, content.get("state_dict", content), f"{path}, as {name} of this architecture and width")
 
 
 def save_generator(path, net, **facts):
@@ -1112,7 +1133,7 @@ def load_generator(path, device="cpu"):
     """
     content = load_file(path)
     classes = {cls.__name__: cls for cls in (ResnetGenerator, UnetGenerator, StyleGAN2Generator, BigGANGenerator)}
-    if content.get("network") not in classes or "state_dict" not in content:
+    if content.get("network") not in classes or not {"config", "state_dict"} <= content.keys():
         raise InputError(f"{path}: not a file of save_generator; for a bare state dict build the network and load it")
     net = classes[content["network"]](**content["config"])
     load_weights(net, content["state_dict"], path)
@@ -1125,7 +1146,7 @@ def trained_options(path, script, role):
     if "script" in content:
         saved = load_checkpoint(path, script)["args"]
         return {key: saved[key] for key in (f"{role}_arch", f"{role}_ngf") + (("ndf",) if role == "teacher" else ())}
-    if content.get("network") not in ("ResnetGenerator", "UnetGenerator"):
+    if content.get("network") not in ("ResnetGenerator", "UnetGenerator") or "config" not in content:
         return {}
     config = content["config"]
     arch = "unet_256" if "num_downs" in config else "mobile_" * config["separable"] + "resnet_9blocks"
@@ -1146,23 +1167,30 @@ def check_output(args):
         raise InputError(f"{args.out}: cannot be written, {existing} is no folder or is write-protected")
 
 
-def open_output(args, step, evaluated, goes_on):
-    """Makes the output folder; drops a replaced run's files, and of a resumed one's log what its checkpoint lacks."""
+def open_output(args, checkpoint, goes_on):
+    """On rank 0, makes the output folder; drops a replaced run's files, and of a log what the checkpoint lacks.
+
+    A run that is extended has its new budgets in checkpoint.pt from here on.
+    """
+    if processes()[0] > 0:
+        return
     out = Path(args.out)
     (out / "samples").mkdir(parents=True, exist_ok=True)
     if args.overwrite:
         names = "checkpoint.pt student.pt best_student.pt teacher.pt stage1.pt stage2.pt log.jsonl summary.json"
-        for old in (*(out / name for name in names.split()), *out.glob("samples/*.png")):
+        for old in (*(out / name for name in names.split()), *out.glob("samples/*.png"), *out.glob("squares_*.npy")):
             old.unlink(missing_ok=True)
     if args.resume and goes_on and (out / "log.jsonl").exists():
         whole = [line for line in (out / "log.jsonl").read_text().splitlines(keepends=True) if line.endswith("}\n")]
         known = [(line, json.loads(line)) for line in whole]
-        kept = [line for line, e in known if e["step"] <= (evaluated if "evaluation" in e else step) and "cut" not in e]
+        ends = checkpoint["step"], checkpoint["evaluated"]
+        kept = [line for line, e in known if e["step"] <= ends["evaluation" in e] and "cut" not in e]
         write_atomically(out / "log.jsonl", lambda file: file.write("".join(kept).encode()))
     write_json(out / "args.json", vars(args))
-    if args.extended and args.extended[-1]["step"] == step:
-        grown = args.extended[-1]["extended"]
-        log(args, args.extended[-1], f"extended at step {step}: {', '.join(f'{k} {v:g}' for k, v in grown.items())}")
+    if checkpoint and args.extended != checkpoint["args"]["extended"]:
+        amend_checkpoint(out / "checkpoint.pt", checkpoint, args=vars(args))
+        grown = ", ".join(f"{key} {value:g}" for key, value in args.extended[-1]["extended"].items())
+        log(args, args.extended[-1], f"extended at step {checkpoint['step']}: {grown}")
 
 
 def log(args, entry, progress="", losses=(), cut=False):
@@ -1176,6 +1204,27 @@ def log(args, entry, progress="", losses=(), cut=False):
         parts = [progress, *(f"{name} {value:.3g}" for name, value in dict(losses).items())]
         folded = textwrap.fill("  ".join(part.replace(" ", "\xa0") for part in parts), 100, subsequent_indent="    ")
         say(folded.replace("\xa0", " "))
+
+
+def log_step(args, entry, progress, means, last_step, since, cut):
+    """Logs a step with the means of its losses, the pace and the time left.
+
+    entry: of the log, with step and images; since: (time, images) from which the pace counts, without interruptions.
+    """
+    pace = (entry["images"] - since[1]) / (time.perf_counter() - since[0])
+    left = timedelta(seconds=round((last_step - entry["step"]) * entry["images"] / entry["step"] / pace))
+    progress = f"step {entry['step']}/{last_step}  {progress}  {pace:.1f} images/s  {left} left"
+    log(args, entry | dict(images_per_second=pace) | means, progress, means, cut)
+
+
+def write_summary(args, step, teacher, student, inputs, scores):
+    """On rank 0, compares two generators in summary.json, with a run's last scores, and says it as a table."""
+    if processes()[0] == 0:
+        rows, out = compare(teacher, student, *inputs), Path(args.out)
+        write_json(out / "summary.json", dict(steps=step, scores=scores) | rows)
+        say("\n" + table(rows) + "".join(f"\n{name} {value:.4g}" for name, value in scores.items()))
+        made = "student.pt" if (out / "student.pt").exists() else "teacher.pt"
+        say(f"\ngenerator: {out / made}, pictures: {out / 'samples'}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1221,11 +1270,11 @@ def save_grid(path, blocks, columns=1):
 
 @torch.inference_mode()
 def translate(net, image):
-    """One PIL image of any size and mode -> its translation, a PIL image of the same size.
+    """One RGB PIL image of any size -> its translation, a PIL image of the same size.
 
     The sides are padded by reflection to what the generator can halve, and the padding is cut off again.
     """
-    pixels = np.asarray(to_rgb(image))
+    pixels = np.asarray(image)
     height, width = pixels.shape[:2]
     multiple = max(net.size_multiple, 16)  # smaller maps than 4x4 cannot be padded inside the network
     pixels = np.pad(pixels, ((0, -height % multiple), (0, -width % multiple), (0, 0)), mode="reflect")
@@ -1240,21 +1289,23 @@ def translate_folder(net, source, target):
     if not paths:
         raise InputError(f"{source}: no such folder, or nothing in it")
     stems = [path.with_suffix("") for path in paths]
-    skipped = 0
+    skipped = transparent = 0
     for n, (path, stem) in enumerate(zip(paths, stems, strict=True), 1):
         try:
             with Image.open(path) as image:
-                translated = translate(net, image)
-        except (OSError, SyntaxError, ValueError) as error:
+                transparent += image.has_transparency_data
+                image = to_rgb(image)
+        except Exception as error:  # Pillow's decoders raise nearly anything on what is no picture
             skipped += 1
             print(f"skipped {path}: {' '.join(str(error).split())}", file=sys.stderr)
             continue
         name = stem.name if stems.count(stem) == 1 else path.name.replace(".", "_")
         place = Path(target, path.parent.relative_to(source), f"{name}.png")
         place.parent.mkdir(parents=True, exist_ok=True)
-        translated.save(place)
+        translate(net, image).save(place)
         print(f"{n}/{len(paths)} {place}")
-    print(f"{len(paths) - skipped} pictures translated into {target}, {skipped} files skipped")
+    done = f"{len(paths) - skipped} pictures translated into {target}, {skipped} files skipped"
+    print(f"{done}, {transparent} with transparency, shown on white")
 
 
 @torch.inference_mode()
@@ -1394,25 +1445,30 @@ def print_table():
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    formatter = type("", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {})
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.error = lambda message: parser.exit(2, f"models.py: error: {message}\n")
     parser.add_argument("generator", nargs="?", metavar="student.pt", help="a compressed generator; without: the table")
     parser.add_argument("folders", nargs="*", metavar="FOLDER", help="pictures and where to put their translations; or")
-    parser.add_argument(
-        "--count", type=int, default=64, help="where to put so many pictures of a StyleGAN2 or BigGAN (64)"
-    )
-    parser.add_argument("--truncation", type=float, default=0.7, help="of their latents (0.7)")
-    parser.add_argument("--seed", type=int, default=0, help="of their latents (0)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--count", type=int, default=64, help="where to put so many pictures of a StyleGAN2 or BigGAN")
+    parser.add_argument("--truncation", type=float, default=0.7, help="of their latents, above 0")
+    parser.add_argument("--seed", type=int, default=0, help="of their latents")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda")
     args = parser.parse_args(argv)
     if args.generator is None:
         return print_table()
+    if args.count < 1 or args.truncation <= 0:
+        parser.error(f"--count {args.count} --truncation {args.truncation}: expected 1 or more, and more than 0")
     try:
-        net = load_generator(args.generator, args.device)
+        net = load_generator(args.generator)
         need = 1 if isinstance(net, (StyleGAN2Generator, BigGANGenerator)) else 2
         if len(args.folders) != need:
             what = ("one folder, where to draw", "two folders, from and to")[need - 1]
             raise InputError(f"{args.generator} is a {type(net).__name__}: give {what}, found {len(args.folders)}")
+        try:
+            net.to(args.device)
+        except (RuntimeError, AssertionError) as error:  # a build of torch without CUDA raises the second
+            raise InputError(f"--device {args.device} does not work here, use cpu") from error
         if need == 1:
             draw_samples(net, *args.folders, args.count, args.truncation, args.seed)
         else:

@@ -21,7 +21,6 @@ import os
 import signal
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +36,7 @@ from losses import LossMeter, dgl_generator_loss, gan_loss
 from models import BigGANDiscriminator, BigGANGenerator, InputError, init_biggan, processes, say
 
 NAME = "biggan_dgl"
-GROWING = "teacher_kimg stage1_kimg stage2_kimg"  # what --resume may enlarge
+GROWING = ("teacher_kimg", "stage1_kimg", "stage2_kimg")  # what --resume may enlarge
 STAGES = ("teacher", "student alone", "student with the teacher's discriminator")
 FILES = ("teacher", "stage1", "stage2")
 
@@ -85,6 +84,7 @@ def parse_args(argv):
     at("--adam-eps", type=at_least(0.0), default=1e-6, help="epsilon of Adam")
     at("--eval-images", type=at_least(20), default=50000, help="images that G's moving average draws for FID and IS")
     add_run_options(parser, unit="thousand images", eval_every=2000, auto="bf16 on CUDA")
+    parser.set_defaults(log_every=10, sample_every=250, save_every=100)  # a step has 2048 images
 
     args = parser.parse_args(argv)
     if not (args.data or args.toy or (args.resume and args.out)):
@@ -103,11 +103,16 @@ def parse_args(argv):
     if args.teacher and args.teacher_kimg:
         fail(f"--teacher {args.teacher[0]} is trained already: leave out --teacher-kimg {args.teacher_kimg:g}")
     if args.stage2_kimg and not (args.teacher or args.teacher_kimg):
-        fail("stage 2 needs a teacher: give --teacher FILE or a --teacher-kimg, or leave out stage 2: --stage2-kimg 0")
+        fail(
+            "stage 2 needs a teacher: give --teacher FILE or a --teacher-kimg, or leave out stage 2: --stage2-kimg 0; "
+            "to go on from a run without one, start another with --student OUT/stage1.pt"
+        )
     if args.hierarchical and not args.shared_dim:
         fail("--hierarchical needs --shared-dim: without a shared embedding give --no-hierarchical")
     if args.attention and min(args.teacher_ch, args.student_ch, args.student_d_ch) < 8:
         fail("--attention needs channel multipliers of 8 or more, or give --attention 0")
+    if args.attention and (args.attention > args.size // 2 or args.attention not in (16, 32, 64, 128)):
+        fail(f"--attention {args.attention}: no maps of that side in both networks at --size {args.size}, 0 is none")
     return args, checkpoint
 
 
@@ -138,6 +143,8 @@ def train(args, checkpoint):
     files = ImageFiles(data, True)
     classes, labels = find_classes(files)
     data_facts = files.survey(say, args.size)
+    if args.eval_every and args.inception != "none" and len(files) < 2:
+        raise InputError(f"{data}: a Fréchet distance needs two images; or --inception none")
 
     # Networks
     torch.manual_seed(args.seed)
@@ -170,8 +177,11 @@ def train(args, checkpoint):
     # micro-batches of real images, and G makes one update.
     micro_batches = args.d_steps * args.accumulate
     step_images = args.batch_size * world * micro_batches
-    budgets = (args.teacher_kimg, args.stage1_kimg, args.stage2_kimg)
-    ends = [*itertools.accumulate(math.ceil(kimg * 1000 / step_images) for kimg in budgets)]
+
+    def stage_ends(options):
+        return [*itertools.accumulate(math.ceil(options[name] * 1000 / step_images) for name in GROWING)]
+
+    ends = stage_ends(vars(args))
     last_step = min(ends[-1], args.max_steps or ends[-1])
     eval_steps = math.ceil(args.eval_every * 1000 / step_images)
     optimizers, meter, first_step = {}, LossMeter(), 0
@@ -180,16 +190,15 @@ def train(args, checkpoint):
     # Resume
     torch.manual_seed(args.seed + rank)
     if checkpoint:
-        own = models.restore(checkpoint, out / "checkpoint.pt", networks, optimizers)
+        own = models.restore(checkpoint, out / "checkpoint.pt", networks)
         first_step, meter = checkpoint["step"], LossMeter(own["losses"])
         record = {key: checkpoint[key] for key in record}
         if checkpoint["data"] != data_facts:
             say(f"warning: {data}: names or sizes of images have changed, the run is no longer the same bit for bit")
-        for name, old_end in zip(GROWING.split(), checkpoint["ends"], strict=True):
-            if getattr(args, name) > checkpoint["args"][name] and first_step > old_end:
+        for name, end in zip(GROWING, stage_ends(checkpoint["args"]), strict=True):
+            if getattr(args, name) > checkpoint["args"][name] and first_step > end:
                 raise InputError(f"--{name.replace('_', '-')}: that stage is over, a later one has begun")
-    if rank == 0:
-        models.open_output(args, first_step, record["evaluated"], first_step < last_step)
+    models.open_output(args, checkpoint, first_step < last_step)
     bilinear = Image.Resampling.BILINEAR
     images = StoredSquares(files, args.size, args.cache or out, say, args.workers, bilinear)
     dataset = LabelledImages(images, labels, args.mirror, args.seed)
@@ -203,7 +212,7 @@ def train(args, checkpoint):
     def save(step):
         meter.means(step)  # stops here rather than save a run that has diverged
         models.share_weights(networks.values())  # running statistics and spectral vectors: rank 0's
-        facts = dict(script=NAME, args=vars(args), data=data_facts, step=step, ends=ends) | record
+        facts = dict(script=NAME, args=vars(args), data=data_facts, step=step) | record
         models.save_checkpoint(out / "checkpoint.pt", networks, optimizers, dict(losses=meter.state()), **facts)
         if rank == 0 and step > ends[0]:
             models.save_generator(out / "student.pt", student["g_ema"], classes=classes)
@@ -235,12 +244,15 @@ def train(args, checkpoint):
     say(f"{out}: steps {first_step} to {last_step} of {ends[-1]}, {len(files)} images of {len(classes)} classes")
     say(f"{step_images} real images a step, on {world} x {device}")
     if first_step >= last_step:
-        say(f"nothing is left to train; a larger --{' or --'.join(GROWING.replace('_', '-').split())} extends the run")
+        say(f"nothing is left to train; a larger --{' or --'.join(GROWING).replace('_', '-')} extends the run")
+    elif not checkpoint and args.stage2_kimg and not (args.stage1_kimg or args.student):
+        say("stage 2 will start from random weights, which the paper found unstable: see --stage1-kimg and --student")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
     if checkpoint and due(first_step) and record["evaluated"] < first_step:
         score(first_step)
-    for stage, stage_start, stage_end in zip(range(3), (0, *ends), ends, strict=False):
+        models.amend_checkpoint(out / "checkpoint.pt", checkpoint, args=vars(args), **record)
+    for stage, (stage_start, stage_end) in enumerate(itertools.pairwise((0, *ends))):
         steps = range(max(first_step, stage_start), min(stage_end, last_step))
         if not steps:
             continue
@@ -259,8 +271,8 @@ def train(args, checkpoint):
         generate, judge, teacher_judge = G, D, teacher["d"]
         if args.compile:
             generate, judge, teacher_judge = map(torch.compile, (generate, judge, teacher_judge))
-        say(f"stage {stage} ({STAGES[stage]}): {budgets[stage]:g} thousand images, to step {stage_end}")
-        since, logged_step = time.perf_counter(), steps[0]
+        say(f"stage {stage} ({STAGES[stage]}): {getattr(args, GROWING[stage]):g} thousand images, to step {stage_end}")
+        since = time.perf_counter(), steps[0] * step_images
         for step in steps:
             # Discriminator: E[ max(0, 1 - D(x, y)) ] + E[ max(0, 1 + D(G(z, y'), y')) ]
             D.requires_grad_(True)
@@ -289,11 +301,12 @@ def train(args, checkpoint):
                 with autocast():
                     fake = generate(z, y)
                     logits = judge(fake, y)
-                    loss_G = gan_loss(logits, True, "hinge", False)
                     if stage == 2:
                         teacher_logits = teacher_judge(fake, y)
                         loss_G = dgl_generator_loss(logits, teacher_logits, args.lambda_dgl, "hinge")
-                        meter.add(G_dgl=-teacher_logits.detach().float().mean())
+                        meter.add(G_dgl=-teacher_logits.float().mean())
+                    else:
+                        loss_G = gan_loss(logits, True, "hinge", False)
                 (loss_G / args.accumulate).backward()
                 meter.add(G=loss_G)
             models.average_gradients(optimizers["G"])
@@ -306,19 +319,16 @@ def train(args, checkpoint):
             done, signal_number = step + 1, stop_asked()
             last, stage_over = done == last_step, done == stage_end
             if done % args.log_every == 0 or stage_over or last:
-                means, kimg, stage_kimg = (
-                    meter.means(done),
-                    *(n * step_images / 1000 for n in (done, done - stage_start)),
+                kimg, stage_kimg = (n * step_images / 1000 for n in (done, done - stage_start))
+                entry = dict(
+                    step=done, stage=stage, kimg=kimg, stage_kimg=stage_kimg, images=done * step_images, lr=args.lr
                 )
-                rate = (done - logged_step) * step_images / (time.perf_counter() - since)
-                left = timedelta(seconds=round((last_step - done) * step_images / rate))
-                entry = dict(step=done, stage=stage, kimg=kimg, stage_kimg=stage_kimg, images=done * step_images)
-                progress = f"stage {stage}  step {done}/{last_step}  kimg {kimg:.1f} ({stage_kimg:.1f} in the stage)"
+                progress = f"stage {stage}  kimg {kimg:.1f} ({stage_kimg:.1f} in the stage)"
                 cut = done % args.log_every > 0 and not stage_over
-                entry |= dict(lr=args.lr, images_per_second=rate) | means
-                models.log(args, entry, f"{progress}  {rate:.1f} images/s  {left} left", means, cut)
+                models.log_step(args, entry, progress, meter.means(done), last_step, since, cut)
             if done % args.log_every == 0 or stage_over:
-                meter = LossMeter()
+                meter, since = LossMeter(), (time.perf_counter(), done * step_images)
+            interrupted = time.perf_counter()
             if rank == 0 and args.sample_every and (done % args.sample_every == 0 or stage_over or last):
                 nets = dict(teacher=teacher["g_ema"]) if "g_ema" in known else {}
                 nets |= dict(student=student["g_ema"]) if stage else {}
@@ -334,16 +344,11 @@ def train(args, checkpoint):
                 name = signal.Signals(signal_number).name
                 say(f"stopped by {name} after step {done}, saved; go on: --out {out} --resume")
                 sys.exit(128 + signal_number)
-            if done % args.log_every == 0:
-                since, logged_step = time.perf_counter(), done
+            since = since[0] + time.perf_counter() - interrupted, since[1]
 
-    # Summary: teacher against student
-    if rank == 0:
-        z, y = torch.randn(1, student["g"].dim_z, device=device), torch.zeros(1, dtype=torch.long, device=device)
-        rows = models.compare(teacher["g"].to(device), student["g"], z, y)
-        facts = dict(steps=max(first_step, last_step), image_size=args.size, scores=record["scores"])
-        models.write_json(out / "summary.json", facts | rows)
-        say(f"\n{models.table(rows)}\n\ncompressed generator: {out}/student.pt, pictures: {out}/samples")
+    inputs = [torch.randn(1, student["g"].dim_z, device=device), torch.zeros(1, dtype=torch.long, device=device)]
+    teacher["g"].to(device)
+    models.write_summary(args, max(first_step, last_step), teacher["g"], student["g"], inputs, record["scores"])
 
 
 def adam(net, lr, eps):
@@ -383,6 +388,8 @@ def pair_options(role):
 def read_pair(paths, role):
     """A trained pair: state dicts D [G_ema], or {g, d, g_ema} or a checkpoint.pt of ours -> it, its options."""
     content = models.load_file(paths[0])
+    if len(paths) > (1 if "script" in content or "d" in content else 2):
+        raise InputError(f"{' '.join(paths)}: expected D.pth [G_ema.pth], or one file of ours")
     if "script" in content:
         content = models.load_checkpoint(paths[0], NAME)
         nets, known = content["networks"], content["args"]
@@ -504,7 +511,8 @@ def write_toy_dataset(folder, size=32, count=100):
 
 def fail(error):
     """Bad input: one line on stderr, exit status 2."""
-    print(f"{Path(__file__).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    line = str(error).strip().splitlines()[-1].rsplit("InputError: ", 1)[-1]  # a worker's has its traceback before it
+    print(f"{Path(__file__).name}: error: {line}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -528,7 +536,8 @@ def add_run_options(parser, unit, eval_every, auto):
     parser.set_defaults(extended=[])
 
 
-FREE = "data out resume overwrite device workers compile max_steps log_every sample_every save_every eval_every"
+FREE = "data cache vgg inception out resume overwrite device workers compile max_steps".split()
+FREE += "log_every sample_every save_every eval_every".split()
 
 
 def read_checkpoint(parser, argv):
@@ -538,11 +547,11 @@ def read_checkpoint(parser, argv):
     """
     out = parser.parse_args(argv).out
     checkpoint = models.load_checkpoint(Path(out, "checkpoint.pt"), NAME)
-    saved = checkpoint["args"] | dict(overwrite=False, out=out)
+    saved = checkpoint["args"] | dict(overwrite=False, out=out, max_steps=None)
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)
-    changed = {k: v for k, v in vars(args).items() if k not in FREE.split() and v != saved.get(k)}
-    grown = {k: v for k, v in changed.items() if k in GROWING.split() and v > saved[k]}
+    changed = {k: v for k, v in vars(args).items() if k not in FREE and v != saved.get(k)}
+    grown = {k: v for k, v in changed.items() if k in GROWING and v > saved[k]}
     refused = [
         f"--{k.replace('_', '-')} {v} (the run has {saved.get(k)})" for k, v in changed.items() if k not in grown
     ]
@@ -557,16 +566,17 @@ stop_signals = []
 
 
 def on_signal(number, _frame):
-    """The first SIGINT or SIGTERM lets the step finish and the run be saved; a second one ends it at once."""
-    if stop_signals:
+    """The first SIGINT or SIGTERM lets the step finish and the run be saved; a later one ends it at once."""
+    if stop_signals and time.monotonic() - stop_signals[0][1] > 1:  # torchrun passes on what the group has got
         os._exit(128 + number)
-    stop_signals.append(number)
-    os.write(2, b"finishing the step and saving; again to quit without\n")
+    if not stop_signals:
+        os.write(2, b"finishing the step and saving; again to quit without\n")
+    stop_signals.append((number, time.monotonic()))
 
 
 def stop_asked():
     """The signal that this process or another got, as a number; 0: none."""
-    number = torch.tensor(max(stop_signals, default=0))
+    number = torch.tensor(stop_signals[0][0] if stop_signals else 0)
     if processes()[1] > 1:
         dist.all_reduce(number, dist.ReduceOp.MAX)
     return number.item()
@@ -577,10 +587,11 @@ def main(argv=None):
         train(*parse_args(argv))
     except (InputError, fid.InputError, OSError) as error:
         fail(error)
+    except KeyboardInterrupt:  # before the loop
+        sys.exit(130)
     finally:
         stop_signals.clear()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+        models.end_processes()
 
 
 if __name__ == "__main__":

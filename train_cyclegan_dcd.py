@@ -19,7 +19,6 @@ import os
 import signal
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +35,7 @@ from losses import DCDLoss, LossMeter, PerceptualLoss, PixelLoss, gan_loss
 from models import InputError, PatchDiscriminator, ResnetGenerator, init_weights, processes, say, take_step
 
 NAME = "cyclegan_dcd"
-GROWING = "epochs epochs_decay"  # what --resume may enlarge
+GROWING = ("epochs", "epochs_decay")  # what --resume may enlarge
 ARCHS = ("resnet_9blocks", "mobile_resnet_9blocks")
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -105,6 +104,8 @@ def parse_args(argv):
         fail("all four weights of the student's objective are 0: nothing would be learnt")
     if args.freeze_teacher and not args.teacher:
         fail("--freeze-teacher needs --teacher FILE: an untrained teacher has nothing to teach")
+    if args.d_fakes == "none" and not args.teacher:
+        fail("--d-fakes none needs a --teacher whose discriminator is trained")
     if args.crop_size < 96 or args.crop_size % 4:
         fail(f"--crop-size is {args.crop_size}, expected a multiple of 4 from 96 on: D_T cannot read smaller maps")
     if args.load_size < args.crop_size:
@@ -138,6 +139,8 @@ def train(args, checkpoint):
     data_facts = [files.survey(say, args.crop_size) for files in sets]
     dataset = UnpairedImages(*sets[:2], args.load_size, args.crop_size, args.seed)
     test_A, test_B = (TestImages(files, args.crop_size) for files in sets[2:])
+    if args.eval_every and args.inception != "none" and min(map(len, sets[2:])) < 2:
+        raise InputError(f"{data}: a Fréchet distance needs two test images; or --inception none")
     global_batch = args.batch_size * world
     epoch_steps = math.ceil(len(dataset) / global_batch)
     schedule_steps = (args.epochs + args.epochs_decay) * epoch_steps
@@ -148,6 +151,7 @@ def train(args, checkpoint):
     teacher_G, teacher_F = (init_weights(build_generator(args.teacher_arch, args.teacher_ngf)) for _ in "GF")
     teacher_D, teacher_D_A = (init_weights(PatchDiscriminator(ndf=args.ndf)) for _ in "BA")
     student_G = init_weights(build_generator(args.student_arch, args.student_ngf))
+    # Taps, the feature maps that are compared: the entry of the residual blocks and the outputs of blocks 3, 6 and 9.
     tap_channels = student_G.tap_channels, teacher_G.tap_channels
     dcd_loss = DCDLoss(*tap_channels, 3, teacher_D.min_size) if args.distill == "dcd" else PixelLoss(*tap_channels)
     networks = dict(teacher_G=teacher_G, teacher_F=teacher_F, teacher_D=teacher_D, teacher_D_A=teacher_D_A)
@@ -192,11 +196,10 @@ def train(args, checkpoint):
             pool.images = [image.to(device) for image in own["pools"][name]]
         if checkpoint["data"] != data_facts:
             say(f"warning: {data}: names or sizes of images have changed, the run is no longer the same bit for bit")
-    if rank == 0:
-        models.open_output(args, first_step, record["evaluated"], first_step < last_step)
+    models.open_output(args, checkpoint, first_step < last_step)
     batches = models.run_batches(dataset, args.batch_size, range(first_step, last_step), args.workers)
     sample_A, sample_B = (to_device(torch.stack([test[i % len(test)] for i in range(4)])) for test in (test_A, test_B))
-    phi = teacher_D.features
+    phi = teacher_D.features  # D_T up to its last hidden activation
     if args.compile:  # the training steps; samples, evaluation and files have the plain networks
         teacher_G, teacher_F, student_G, phi = map(torch.compile, (teacher_G, teacher_F, student_G, phi))
 
@@ -226,9 +229,10 @@ def train(args, checkpoint):
         say("nothing is left to train; larger --epochs or --epochs-decay extend the run")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
-    since, logged_step = time.perf_counter(), first_step
     if checkpoint and due(first_step) and record["evaluated"] < first_step:
         score(first_step)
+        models.amend_checkpoint(out / "checkpoint.pt", checkpoint, args=vars(args), **record)
+    since = time.perf_counter(), first_step * global_batch
     for step in range(first_step, last_step):
         real_A, real_B = map(to_device, next(batches))
         lr = args.lr * min(1.0, (schedule_steps - step) / (args.epochs_decay * epoch_steps + 1))
@@ -272,7 +276,8 @@ def train(args, checkpoint):
                 style, feature = perceptual_loss(fake_S, fake_B, args.lambda_style > 0, args.lambda_feature > 0)
                 terms |= dict(style=style) if args.lambda_style else {}
                 terms |= dict(feature=feature) if args.lambda_feature else {}
-        take_step(optimizers["student_G"], sum(getattr(args, f"lambda_{name}") * term for name, term in terms.items()))
+        weights = dict(gan=args.lambda_gan, dcd=args.lambda_dcd, style=args.lambda_style, feature=args.lambda_feature)
+        take_step(optimizers["student_G"], sum(weights[name] * term for name, term in terms.items()))
         meter.add(**{f"G_S_{name}": term for name, term in terms.items()})
         if args.ema:
             models.update_ema(shown, networks["student_G"], 0.5 ** (global_batch / args.ema))
@@ -297,16 +302,13 @@ def train(args, checkpoint):
         done, signal_number = step + 1, stop_asked()
         last = done == last_step
         if done % args.log_every == 0 or last:
-            means, epoch = meter.means(done), done * global_batch / len(dataset)
-            rate = (done - logged_step) * global_batch / (time.perf_counter() - since)
-            left = timedelta(seconds=round((last_step - done) * global_batch / rate))
-            progress = f"step {done}/{last_step}  epoch {epoch:.2f} (teacher {epoch / args.teacher_every:.2f})"
+            epoch, cut = done * global_batch / len(dataset), done % args.log_every > 0 and done < schedule_steps
             entry = dict(step=done, epoch=epoch, teacher_epoch=epoch / args.teacher_every, images=done * global_batch)
-            entry |= dict(lr=lr, images_per_second=rate) | means
-            cut = done % args.log_every > 0 and done < schedule_steps
-            models.log(args, entry, f"{progress}  {rate:.1f} images/s  {left} left", means, cut)
+            progress = f"epoch {epoch:.2f} (teacher {epoch / args.teacher_every:.2f})"
+            models.log_step(args, entry | dict(lr=lr), progress, meter.means(done), last_step, since, cut)
         if done % args.log_every == 0:
-            meter = LossMeter()
+            meter, since = LossMeter(), (time.perf_counter(), done * global_batch)
+        interrupted = time.perf_counter()
         if rank == 0 and args.sample_every and (done % args.sample_every == 0 or last):
             save_samples(out / f"samples/{done:07d}.png", networks["teacher_G"], shown, dcd_loss, sample_A, sample_B)
         if done % args.save_every == 0 or last or due(done) or signal_number:
@@ -319,16 +321,10 @@ def train(args, checkpoint):
                 f"stopped by {signal.Signals(signal_number).name} after step {done}, saved; go on: --out {out} --resume"
             )
             sys.exit(128 + signal_number)
-        if done % args.log_every == 0:
-            since, logged_step = time.perf_counter(), done
+        since = since[0] + time.perf_counter() - interrupted, since[1]
 
-    # Summary: teacher against student
-    if rank == 0:
-        image = torch.randn(1, 3, args.crop_size, args.crop_size, device=device)
-        rows = models.compare(networks["teacher_G"], shown, image)
-        facts = dict(steps=max(first_step, last_step), image_size=args.crop_size, scores=record["scores"])
-        models.write_json(out / "summary.json", facts | rows)
-        say(f"\n{models.table(rows)}\n\ncompressed generator: {out}/student.pt, pictures: {out}/samples")
+    image = torch.randn(1, 3, args.crop_size, args.crop_size, device=device)
+    models.write_summary(args, max(first_step, last_step), networks["teacher_G"], shown, [image], record["scores"])
 
 
 def build_generator(arch, ngf):
@@ -482,7 +478,8 @@ class ImagePool:
 
 def fail(error):
     """Bad input: one line on stderr, exit status 2."""
-    print(f"{Path(__file__).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    line = str(error).strip().splitlines()[-1].rsplit("InputError: ", 1)[-1]  # a worker's has its traceback before it
+    print(f"{Path(__file__).name}: error: {line}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -506,7 +503,8 @@ def add_run_options(parser, unit, eval_every, auto):
     parser.set_defaults(extended=[])
 
 
-FREE = "data out resume overwrite device workers compile max_steps log_every sample_every save_every eval_every"
+FREE = "data cache vgg inception out resume overwrite device workers compile max_steps".split()
+FREE += "log_every sample_every save_every eval_every".split()
 
 
 def read_checkpoint(parser, argv):
@@ -516,11 +514,11 @@ def read_checkpoint(parser, argv):
     """
     out = parser.parse_args(argv).out
     checkpoint = models.load_checkpoint(Path(out, "checkpoint.pt"), NAME)
-    saved = checkpoint["args"] | dict(overwrite=False, out=out)
+    saved = checkpoint["args"] | dict(overwrite=False, out=out, max_steps=None)
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)
-    changed = {k: v for k, v in vars(args).items() if k not in FREE.split() and v != saved.get(k)}
-    grown = {k: v for k, v in changed.items() if k in GROWING.split() and v > saved[k]}
+    changed = {k: v for k, v in vars(args).items() if k not in FREE and v != saved.get(k)}
+    grown = {k: v for k, v in changed.items() if k in GROWING and v > saved[k]}
     refused = [
         f"--{k.replace('_', '-')} {v} (the run has {saved.get(k)})" for k, v in changed.items() if k not in grown
     ]
@@ -535,16 +533,17 @@ stop_signals = []
 
 
 def on_signal(number, _frame):
-    """The first SIGINT or SIGTERM lets the step finish and the run be saved; a second one ends it at once."""
-    if stop_signals:
+    """The first SIGINT or SIGTERM lets the step finish and the run be saved; a later one ends it at once."""
+    if stop_signals and time.monotonic() - stop_signals[0][1] > 1:  # torchrun passes on what the group has got
         os._exit(128 + number)
-    stop_signals.append(number)
-    os.write(2, b"finishing the step and saving; again to quit without\n")
+    if not stop_signals:
+        os.write(2, b"finishing the step and saving; again to quit without\n")
+    stop_signals.append((number, time.monotonic()))
 
 
 def stop_asked():
     """The signal that this process or another got, as a number; 0: none."""
-    number = torch.tensor(max(stop_signals, default=0))
+    number = torch.tensor(stop_signals[0][0] if stop_signals else 0)
     if processes()[1] > 1:
         dist.all_reduce(number, dist.ReduceOp.MAX)
     return number.item()
@@ -555,10 +554,11 @@ def main(argv=None):
         train(*parse_args(argv))
     except (InputError, fid.InputError, OSError) as error:
         fail(error)
+    except KeyboardInterrupt:  # before the loop
+        sys.exit(130)
     finally:
         stop_signals.clear()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+        models.end_processes()
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ import os
 import signal
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +37,8 @@ from fid import ImageFiles, StoredSquares, at_least, frechet_distance, gather, g
 from models import InputError, StyleGAN2Discriminator, StyleGAN2Generator, processes, say, take_step
 
 NAME = "stylegan2_dgl"
-GROWING = "teacher_kimg stage1_kimg stage2_kimg"  # what --resume may enlarge
+GROWING = ("teacher_kimg", "stage1_kimg", "stage2_kimg")  # what --resume may enlarge
+SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
 STAGES = ("teacher", "student alone", "student with the teacher's discriminator")
 FILES = ("teacher", "stage1", "stage2")
 
@@ -53,7 +53,7 @@ def parse_args(argv):
     parser.error = fail
     at = parser.add_argument_group("data").add_argument
     at("--data", metavar="IMAGES", help="a folder of images, searched recursively, or a .zip of images")
-    at("--size", type=int, choices=[2**n for n in range(3, 11)], default=256, help="side of the images, pixels")
+    at("--size", type=int, choices=SIZES, default=256, help="side of the images, pixels")
     at("--mirror", action=argparse.BooleanOptionalAction, default=False, help="flip half of the images, at random")
     at("--cache", metavar="FOLDER", help="where the resized images are kept, 3 SIZE^2 bytes each; OUT")
     at("--toy", action="store_true", help="small networks on a synthetic data set of round faces")
@@ -102,7 +102,10 @@ def parse_args(argv):
     if args.teacher and args.teacher_kimg:
         fail(f"--teacher {args.teacher} is trained already: leave out --teacher-kimg {args.teacher_kimg:g}")
     if args.stage2_kimg and not (args.teacher or args.teacher_kimg):
-        fail("stage 2 needs a teacher: give --teacher FILE or a --teacher-kimg, or leave out stage 2: --stage2-kimg 0")
+        fail(
+            "stage 2 needs a teacher: give --teacher FILE or a --teacher-kimg, or leave out stage 2: --stage2-kimg 0; "
+            "to go on from a run without one, start another with --student OUT/stage1.pt"
+        )
     return args, checkpoint
 
 
@@ -132,11 +135,15 @@ def train(args, checkpoint):
     gather(None)  # wait for rank 0
     files = ImageFiles(data, True)
     data_facts = files.survey(say, args.size)
+    if args.eval_every and args.inception != "none" and len(files) < 2:
+        raise InputError(f"{data}: a Fréchet distance needs two images; or --inception none")
 
     # Networks
     torch.manual_seed(args.seed)
 
     def build_pair(g_width, d_width):
+        if args.size not in SIZES:  # a teacher file may bring any
+            raise InputError(f"--size {args.size}: expected one of {', '.join(map(str, SIZES))}")
         G = StyleGAN2Generator(args.size, args.style_dim, args.n_mlp, args.channel_multiplier, g_width)
         D = StyleGAN2Discriminator(args.size, args.channel_multiplier, d_width)
         return dict(g=G, d=D, g_ema=copy.deepcopy(G), path=losses.PathLengthPenalty(decay=0.01))
@@ -159,8 +166,11 @@ def train(args, checkpoint):
 
     # Stages: number, first step, the step after the last one; steps count through all stages
     global_batch = args.batch_size * world
-    budgets = (args.teacher_kimg, args.stage1_kimg, args.stage2_kimg)
-    ends = [*itertools.accumulate(math.ceil(kimg * 1000 / global_batch) for kimg in budgets)]
+
+    def stage_ends(options):
+        return [*itertools.accumulate(math.ceil(options[name] * 1000 / global_batch) for name in GROWING)]
+
+    ends = stage_ends(vars(args))
     last_step = min(ends[-1], args.max_steps or ends[-1])
     eval_steps = math.ceil(args.eval_every * 1000 / global_batch)
     ema_decay = 0.5 ** (global_batch / max(1000 * args.ema_kimg, 1e-8))
@@ -170,16 +180,15 @@ def train(args, checkpoint):
     # Resume
     torch.manual_seed(args.seed + rank)
     if checkpoint:
-        own = models.restore(checkpoint, out / "checkpoint.pt", networks, optimizers)
+        own = models.restore(checkpoint, out / "checkpoint.pt", networks)
         first_step, meter = checkpoint["step"], losses.LossMeter(own["losses"])
         record = {key: checkpoint[key] for key in record}
         if checkpoint["data"] != data_facts:
             say(f"warning: {data}: names or sizes of images have changed, the run is no longer the same bit for bit")
-        for name, old_end in zip(GROWING.split(), checkpoint["ends"], strict=True):
-            if getattr(args, name) > checkpoint["args"][name] and first_step > old_end:
+        for name, end in zip(GROWING, stage_ends(checkpoint["args"]), strict=True):
+            if getattr(args, name) > checkpoint["args"][name] and first_step > end:
                 raise InputError(f"--{name.replace('_', '-')}: that stage is over, a later one has begun")
-    if rank == 0:
-        models.open_output(args, first_step, record["evaluated"], first_step < last_step)
+    models.open_output(args, checkpoint, first_step < last_step)
     images = StoredSquares(files, args.size, args.cache or out, say, args.workers)
     dataset = TrainingImages(images, args.mirror, args.seed)
     batches = models.run_batches(dataset, args.batch_size, range(first_step, last_step), args.workers)
@@ -190,7 +199,7 @@ def train(args, checkpoint):
 
     def save(step):
         meter.means(step)  # stops here rather than save a run that has diverged
-        facts = dict(script=NAME, args=vars(args), data=data_facts, step=step, ends=ends) | record
+        facts = dict(script=NAME, args=vars(args), data=data_facts, step=step) | record
         models.save_checkpoint(out / "checkpoint.pt", networks, optimizers, dict(losses=meter.state()), **facts)
         if rank == 0 and step > ends[0]:
             models.save_generator(out / "student.pt", student["g_ema"], average=args.ema_kimg * 1000)
@@ -220,14 +229,15 @@ def train(args, checkpoint):
 
     say(f"{out}: steps {first_step} to {last_step} of {ends[-1]}, {len(files)} images, on {world} x {device}")
     if first_step >= last_step:
-        say(f"nothing is left to train; a larger --{' or --'.join(GROWING.replace('_', '-').split())} extends the run")
-    elif args.stage2_kimg and not (args.stage1_kimg or args.student):
+        say(f"nothing is left to train; a larger --{' or --'.join(GROWING).replace('_', '-')} extends the run")
+    elif not checkpoint and args.stage2_kimg and not (args.stage1_kimg or args.student):
         say("stage 2 will start from random weights, which the paper found unstable: see --stage1-kimg and --student")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
     if checkpoint and due(first_step) and record["evaluated"] < first_step:
         score(first_step)
-    for stage, stage_start, stage_end in zip(range(3), (0, *ends), ends, strict=False):
+        models.amend_checkpoint(out / "checkpoint.pt", checkpoint, args=vars(args), **record)
+    for stage, (stage_start, stage_end) in enumerate(itertools.pairwise((0, *ends))):
         steps = range(max(first_step, stage_start), min(stage_end, last_step))
         if not steps:
             continue
@@ -244,8 +254,8 @@ def train(args, checkpoint):
         synthesis, judge, teacher_judge = G.synthesis, D, teacher["d"]
         if args.compile:
             synthesis, judge, teacher_judge = map(torch.compile, (synthesis, judge, teacher_judge))
-        say(f"stage {stage} ({STAGES[stage]}): {budgets[stage]:g} thousand images, to step {stage_end}")
-        since, logged_step = time.perf_counter(), steps[0]
+        say(f"stage {stage} ({STAGES[stage]}): {getattr(args, GROWING[stage]):g} thousand images, to step {stage_end}")
+        since = time.perf_counter(), steps[0] * global_batch
         for step in steps:
             real = to_device(next(batches))
 
@@ -297,17 +307,16 @@ def train(args, checkpoint):
             done, signal_number = step + 1, stop_asked()
             last, stage_over = done == last_step, done == stage_end
             if done % args.log_every == 0 or stage_over or last:
-                means, images_done = meter.means(done), done * global_batch
-                rate = (done - logged_step) * global_batch / (time.perf_counter() - since)
-                left = timedelta(seconds=round((last_step - done) * global_batch / rate))
-                kimg, stage_kimg = images_done / 1000, (done - stage_start) * global_batch / 1000
-                entry = dict(step=done, stage=stage, kimg=kimg, stage_kimg=stage_kimg, images=images_done)
-                entry |= dict(lr=args.lr, images_per_second=rate) | means
-                progress = f"stage {stage}  step {done}/{last_step}  kimg {kimg:.1f} ({stage_kimg:.1f} in the stage)"
+                kimg, stage_kimg = (n * global_batch / 1000 for n in (done, done - stage_start))
+                entry = dict(
+                    step=done, stage=stage, kimg=kimg, stage_kimg=stage_kimg, images=done * global_batch, lr=args.lr
+                )
+                progress = f"stage {stage}  kimg {kimg:.1f} ({stage_kimg:.1f} in the stage)"
                 cut = done % args.log_every > 0 and not stage_over
-                models.log(args, entry, f"{progress}  {rate:.1f} images/s  {left} left", means, cut)
+                models.log_step(args, entry, progress, meter.means(done), last_step, since, cut)
             if done % args.log_every == 0 or stage_over:
-                meter = losses.LossMeter()
+                meter, since = losses.LossMeter(), (time.perf_counter(), done * global_batch)
+            interrupted = time.perf_counter()
             if rank == 0 and args.sample_every and (done % args.sample_every == 0 or stage_over or last):
                 nets = dict(teacher=teacher["g_ema"]) if "g_ema" in known else {}
                 nets |= dict(student=student["g_ema"]) if stage else {}
@@ -323,16 +332,11 @@ def train(args, checkpoint):
                 name = signal.Signals(signal_number).name
                 say(f"stopped by {name} after step {done}, saved; go on: --out {out} --resume")
                 sys.exit(128 + signal_number)
-            if done % args.log_every == 0:
-                since, logged_step = time.perf_counter(), done
+            since = since[0] + time.perf_counter() - interrupted, since[1]
 
-    # Summary: teacher against student
-    if rank == 0:
-        z = torch.randn(1, args.style_dim, device=device)
-        rows = models.compare(teacher["g"].to(device), student["g"], z)
-        facts = dict(steps=max(first_step, last_step), image_size=args.size, scores=record["scores"])
-        models.write_json(out / "summary.json", facts | rows)
-        say(f"\n{models.table(rows)}\n\ncompressed generator: {out}/student.pt, pictures: {out}/samples")
+    inputs = [torch.randn(1, args.style_dim, device=device)]
+    teacher["g"].to(device)
+    models.write_summary(args, max(first_step, last_step), teacher["g"], student["g"], inputs, record["scores"])
 
 
 def lazy_adam(net, lr, every):
@@ -479,7 +483,8 @@ def write_toy_dataset(folder, size=32, count=512):
 
 def fail(error):
     """Bad input: one line on stderr, exit status 2."""
-    print(f"{Path(__file__).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    line = str(error).strip().splitlines()[-1].rsplit("InputError: ", 1)[-1]  # a worker's has its traceback before it
+    print(f"{Path(__file__).name}: error: {line}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -503,7 +508,8 @@ def add_run_options(parser, unit, eval_every, auto):
     parser.set_defaults(extended=[])
 
 
-FREE = "data out resume overwrite device workers compile max_steps log_every sample_every save_every eval_every"
+FREE = "data cache vgg inception out resume overwrite device workers compile max_steps".split()
+FREE += "log_every sample_every save_every eval_every".split()
 
 
 def read_checkpoint(parser, argv):
@@ -513,11 +519,11 @@ def read_checkpoint(parser, argv):
     """
     out = parser.parse_args(argv).out
     checkpoint = models.load_checkpoint(Path(out, "checkpoint.pt"), NAME)
-    saved = checkpoint["args"] | dict(overwrite=False, out=out)
+    saved = checkpoint["args"] | dict(overwrite=False, out=out, max_steps=None)
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)
-    changed = {k: v for k, v in vars(args).items() if k not in FREE.split() and v != saved.get(k)}
-    grown = {k: v for k, v in changed.items() if k in GROWING.split() and v > saved[k]}
+    changed = {k: v for k, v in vars(args).items() if k not in FREE and v != saved.get(k)}
+    grown = {k: v for k, v in changed.items() if k in GROWING and v > saved[k]}
     refused = [
         f"--{k.replace('_', '-')} {v} (the run has {saved.get(k)})" for k, v in changed.items() if k not in grown
     ]
@@ -532,16 +538,17 @@ stop_signals = []
 
 
 def on_signal(number, _frame):
-    """The first SIGINT or SIGTERM lets the step finish and the run be saved; a second one ends it at once."""
-    if stop_signals:
+    """The first SIGINT or SIGTERM lets the step finish and the run be saved; a later one ends it at once."""
+    if stop_signals and time.monotonic() - stop_signals[0][1] > 1:  # torchrun passes on what the group has got
         os._exit(128 + number)
-    stop_signals.append(number)
-    os.write(2, b"finishing the step and saving; again to quit without\n")
+    if not stop_signals:
+        os.write(2, b"finishing the step and saving; again to quit without\n")
+    stop_signals.append((number, time.monotonic()))
 
 
 def stop_asked():
     """The signal that this process or another got, as a number; 0: none."""
-    number = torch.tensor(max(stop_signals, default=0))
+    number = torch.tensor(stop_signals[0][0] if stop_signals else 0)
     if processes()[1] > 1:
         dist.all_reduce(number, dist.ReduceOp.MAX)
     return number.item()
@@ -552,10 +559,11 @@ def main(argv=None):
         train(*parse_args(argv))
     except (InputError, fid.InputError, OSError) as error:
         fail(error)
+    except KeyboardInterrupt:  # before the loop
+        sys.exit(130)
     finally:
         stop_signals.clear()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+        models.end_processes()
 
 
 if __name__ == "__main__":
