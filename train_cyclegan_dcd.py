@@ -317,9 +317,8 @@ def train(args, checkpoint):
             score(done)
             save(done)
         if signal_number:
-            say(
-                f"stopped by {signal.Signals(signal_number).name} after step {done}, saved; go on: --out {out} --resume"
-            )
+            name = signal.Signals(signal_number).name
+            say(f"stopped by {name} after step {done}, saved; go on: --out {out} --resume")
             sys.exit(128 + signal_number)
         since = since[0] + time.perf_counter() - interrupted, since[1]
 

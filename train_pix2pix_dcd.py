@@ -211,9 +211,8 @@ def train(args, checkpoint):
             say(f"warning: {data}: names or sizes of images have changed, the run is no longer the same bit for bit")
     models.open_output(args, checkpoint, first_step < last_step)
     batches = models.run_batches(dataset, args.batch_size, range(first_step, last_step), args.workers)
-    samples = [
-        to_device(torch.stack(half)) for half in zip(*(test_pairs[i % len(test_pairs)] for i in range(4)), strict=True)
-    ]
+    shown_pairs = [test_pairs[i % len(test_pairs)] for i in range(4)]
+    samples = [to_device(torch.stack(half)) for half in zip(*shown_pairs, strict=True)]
     phi = teacher_D.features  # D_T up to its last hidden activation
     if args.compile:  # the training steps; samples, evaluation and files have the plain networks
         teacher_G, student_G, phi = map(torch.compile, (teacher_G, student_G, phi))
@@ -317,9 +316,8 @@ def train(args, checkpoint):
             score(done)
             save(done)
         if signal_number:
-            say(
-                f"stopped by {signal.Signals(signal_number).name} after step {done}, saved; go on: --out {out} --resume"
-            )
+            name = signal.Signals(signal_number).name
+            say(f"stopped by {name} after step {done}, saved; go on: --out {out} --resume")
             sys.exit(128 + signal_number)
         since = since[0] + time.perf_counter() - interrupted, since[1]
 
@@ -338,7 +336,6 @@ def evaluate(teacher_G, student_G, test_pairs, inception, workers, to_device):
     -> {"mae_teacher": mean |G_T(x) - y|, "psnr_teacher": dB, the same of the student, "student_to_teacher": ..} and,
     with an Inception, the Fréchet distances "fid_teacher", "fid_student".
     """
-    generators = dict(teacher=teacher_G, student=student_G)
 
     def pairs():
         return (map(to_device, pair) for pair in models.share_batches(test_pairs, 8, workers))
@@ -353,7 +350,7 @@ def evaluate(teacher_G, student_G, test_pairs, inception, workers, to_device):
     scores = dict(zip(names, np.mean(rows, 0).tolist(), strict=True))
     if inception:
         real = generated_stats((real_B for _, real_B in pairs()), inception)
-        for name, net in generators.items():
+        for name, net in (("teacher", teacher_G), ("student", student_G)):
             fake = generated_stats((net(real_A) for real_A, _ in pairs()), inception)
             scores[f"{inception.key}_{name}"] = frechet_distance(fake.mean, fake.cov, real.mean, real.cov)
     return scores
