@@ -1288,9 +1288,8 @@ def translate_folder(net, source, target):
     paths = sorted(path for path in Path(source).rglob("*") if path.is_file())
     if not paths:
         raise InputError(f"{source}: no such folder, or nothing in it")
-    stems = [path.with_suffix("") for path in paths]
-    skipped = transparent = 0
-    for n, (path, stem) in enumerate(zip(paths, stems, strict=True), 1):
+    skipped, transparent, places = 0, 0, set()
+    for n, path in enumerate(paths, 1):
         try:
             with Image.open(path) as image:
                 transparent += image.has_transparency_data
@@ -1299,8 +1298,10 @@ def translate_folder(net, source, target):
             skipped += 1
             print(f"skipped {path}: {' '.join(str(error).split())}", file=sys.stderr)
             continue
-        name = stem.name if stems.count(stem) == 1 else path.name.replace(".", "_")
-        place = Path(target, path.parent.relative_to(source), f"{name}.png")
+        place = Path(target, path.relative_to(source)).with_suffix(".png")
+        if place in places:  # a.jpg has been translated, this is a.gif
+            place = place.with_name(f"{path.name.replace('.', '_')}.png")
+        places.add(place)
         place.parent.mkdir(parents=True, exist_ok=True)
         translate(net, image).save(place)
         print(f"{n}/{len(paths)} {place}")
@@ -1318,9 +1319,8 @@ def draw_samples(net, target, count, truncation, seed):
     device = next(net.parameters()).device
     torch.manual_seed(seed)
     center = net.mean_latent() if isinstance(net, StyleGAN2Generator) else None
-    images = []
+    images, generator = [], torch.Generator().manual_seed(seed)
     for n in range(count):
-        generator = torch.Generator().manual_seed(seed + n)
         if isinstance(net, BigGANGenerator):
             z = nn.init.trunc_normal_(torch.empty(1, net.dim_z), a=-truncation, b=truncation, generator=generator)
             image = net(z.to(device), torch.tensor([n % net.config["n_classes"]], device=device))

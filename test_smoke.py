@@ -210,11 +210,95 @@ def test_biggan_reference_outputs(size):
     rest = [torch.cat([p.grad.flatten() for p in net.parameters()]).norm().item() for net in (G, D)]
     rest.append(sum(value.abs().sum().item() for key, value in G.state_dict().items() if "stored" in key))
     expected = [*map(float, BIGGAN_OUTPUTS[size].split())]
-    conv = G.blocks[0][0].conv1  # a step in train mode, in which alone it stays, takes u0 to unit(W v)
-    W, u0 = conv.weight.flatten(1), fill(biggan_pair(size)[0]).double().blocks[0][0].conv1.u0[0]
-    u = F.normalize(W @ F.normalize(W.T @ u0, dim=0), dim=0)
-    assert torch.allclose(conv.u0[0], u) and torch.allclose(conv.sv0, u @ W @ F.normalize(W.T @ u0, dim=0))
     assert found == pytest.approx(expected[:12], abs=2e-7) and rest == pytest.approx(expected[12:], rel=1e-8)
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (6, 4, 3, 3), (1, 9)])
+def test_spectral_norm_step(shape):
+    layer = models.SpectralLayer(*shape).double()
+    if len(shape) == 4:
+        layer = layer.to(memory_format=torch.channels_last)
+    W, u0 = layer.weight.detach().flatten(1), layer.u0[0].clone()
+    v = W.T @ u0 / (W.T @ u0).norm()
+    u = W @ v / (W @ v).norm()
+    sigma = sum(u[i] * W[i, j] * v[j] for i in range(len(u)) for j in range(len(v)))
+
+    assert torch.allclose(layer.eval().normalised_weight().flatten(1), W / sigma)
+    assert torch.equal(layer.u0[0], u0) and layer.sv0.item() == 1
+    with torch.no_grad():
+        layer.train().normalised_weight()  # as in the discriminator's phase
+    assert torch.allclose(layer.u0[0], u) and layer.sv0.item() == pytest.approx(sigma.item())
+
+    layer.u0.copy_(u0)
+    C = torch.randn_like(W)
+    (layer.normalised_weight().flatten(1) * C).sum().backward()  # through sigma = u W v, with u and v held fixed
+    expected = C / sigma - (C * W).sum() / sigma**2 * torch.outer(u, v)
+    assert torch.allclose(layer.weight.grad.flatten(1), expected) and not layer.u0.requires_grad
+
+    for _ in range(1000):
+        layer.normalised_weight()
+    assert layer.sv0.item() == pytest.approx(torch.linalg.matrix_norm(W, 2).item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("shared", (True, False))
+def test_conditional_batch_norm(shared):
+    def make_map(channels):
+        return models.SpectralLayer(channels, 6, bias=False) if shared else torch.nn.Embedding(10, channels)
+
+    norm = models.ConditionalBatchNorm(3, make_map).double()
+    x = torch.randn(4, 3, 5, 5, dtype=torch.float64) * 3 + 2
+    condition = torch.randn(4, 6, dtype=torch.float64) if shared else torch.tensor([3, 9, 3, 0])
+    norm.eval()
+    gain, bias = norm.gain(condition), norm.bias(condition)
+    for norm.training in (False, True):  # of the norm alone: the maps stay in eval mode
+        y, mean, var = norm(x, condition), norm.stored_mean.clone(), norm.stored_var.clone()
+        for c in range(3):
+            pixels = x[:, c]
+            if norm.training:
+                batch_mean, squares = pixels.sum() / 100, (pixels - pixels.sum() / 100).square().sum()
+                assert mean[c].item() == pytest.approx(0.1 * batch_mean.item())
+                assert var[c].item() == pytest.approx(0.9 + 0.1 * squares.item() / 99)
+            else:
+                assert mean[c] == 0 and var[c] == 1
+                batch_mean, squares = 0, 100
+            for n in range(4):
+                expected = (x[n, c] - batch_mean) / (squares / 100 + 1e-5) ** 0.5 * (1 + gain[n, c]) + bias[n, c]
+                assert torch.allclose(y[n, c], expected)
+
+
+def test_biggan_attention():
+    layer = models.SelfAttention(16, 1e-6).double().eval()
+    layer.gamma.data.fill_(0.7)
+    x = torch.randn(2, 16, 4, 6, dtype=torch.float64)
+    theta, phi, g, o = (m.normalised_weight().flatten(1) for m in (layer.theta, layer.phi, layer.g, layer.o))
+    for n, image in enumerate(x):
+        keys, values = [], []
+        for i in range(0, 4, 2):
+            for j in range(0, 6, 2):
+                window = image[:, i : i + 2, j : j + 2].flatten(1)  # the largest of four pixels, channel by channel
+                keys.append((phi @ window).amax(1))
+                values.append((g @ window).amax(1))
+        for i in range(4):
+            for j in range(6):
+                weights = torch.stack([(theta @ image[:, i, j]) @ key for key in keys]).exp()
+                mean = sum(w * value for w, value in zip(weights, values, strict=True)) / weights.sum()
+                assert torch.allclose(layer(x)[n, :, i, j], image[:, i, j] + 0.7 * (o @ mean))
+
+
+@pytest.mark.parametrize("autocast", (False, True))
+def test_projection_head(autocast):
+    D = fill(models.BigGANDiscriminator(32, 4, 10))
+    images, labels = torch.rand(3, 3, 32, 32) * 2 - 1, torch.tensor([4, 9, 4])
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        logits, maps = D(images, labels), D.blocks(images)
+    assert logits.dtype == torch.float32 and maps.dtype == (torch.bfloat16 if autocast else torch.float32)
+    maps = maps.float()
+    embed, linear = D.embed.normalised_weight(), D.linear.normalised_weight()[0]
+    assert logits.shape == (3, 1)
+    for n in range(3):
+        h = torch.stack([pixels.clamp(min=0).sum() for pixels in maps[n]])
+        expected = linear @ h + D.linear.bias[0] + embed[labels[n]] @ h
+        assert logits[n, 0].item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_biggan_classes_and_latents():
@@ -284,6 +368,19 @@ def test_latents_have_the_same_strides_with_one_z_and_with_two():
     one, two = G.mapping([z[0]]), G.mapping([z[0], z[1]], inject_index=2)
     assert one.stride() == two.stride()
     torch.testing.assert_close(two, torch.cat([one[:, :2], G.mapping(z[1])[:, 2:]], 1))
+
+
+@pytest.mark.parametrize("n", (1, 3))
+def test_instance_norm(n):
+    """Outputs and gradients of PyTorch's own, but the memory stays in channels_last."""
+    x = torch.randn(n, 4, 6, 5, dtype=torch.float64).to(memory_format=torch.channels_last).requires_grad_()
+    weight = torch.randn(n, 4, 6, 5, dtype=torch.float64)
+    y, expected = models.InstanceNorm()(x), F.instance_norm(x)
+    assert torch.allclose(y, expected) and y.is_contiguous(memory_format=torch.channels_last)
+    gradient, other = (torch.autograd.grad((z * weight).sum(), x)[0] for z in (y, expected))
+    assert torch.allclose(gradient, other)
+    with pytest.raises(ValueError, match="more than 1"):
+        models.InstanceNorm()(x[:, :, :1, :1])
 
 
 def test_taps():
@@ -423,7 +520,7 @@ def write_pictures(folder):
     bad = {"notes.txt": b"no picture", "broken.png": b"\x89PNG", "empty.jpg": b"", "huge.ppm": b"P5 30000 30000 255\n"}
     for name, content in bad.items():
         (folder / name).write_bytes(content)
-    return {"whole.png": (48, 64), "twin_jpg.png": (23, 37), "twin_png.png": (3, 5), "deep/sixteen.png": (30, 40)}
+    return {"whole.png": (48, 64), "twin.png": (23, 37), "twin_png.png": (3, 5), "deep/sixteen.png": (30, 40)}
 
 
 @pytest.mark.parametrize("unet", (False, True))
