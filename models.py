@@ -1158,8 +1158,10 @@ def trained_options(path, script, role):
 
 
 def check_output(args):
-    """Raises InputError for an output folder that holds a run, or that cannot be written, before anything is."""
+    """Raises InputError on rank 0 for an output folder that holds a run, or cannot be written, before anything is."""
     out = Path(args.out).absolute()
+    if processes()[0] > 0:
+        return
     if (out / "args.json").exists() and not (args.resume or args.overwrite):
         raise InputError(f"{args.out}: holds a run; go on with --resume, replace it with --overwrite, or choose --out")
     existing = next(path for path in (out, *out.parents) if path.exists())

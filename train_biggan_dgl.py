@@ -125,8 +125,7 @@ def train(args, checkpoint):
     models.start_processes(device)
     rank, world = processes()
     out = Path(args.out)
-    if rank == 0:
-        models.check_output(args)
+    models.check_output(args)
     amp = args.amp == "bf16" or (args.amp == "auto" and device.type == "cuda")
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=amp)
 
@@ -468,7 +467,7 @@ class LabelledImages(Dataset):
 
 # What --toy changes; any flag on the command line wins over it.
 TOY = dict(size=32, teacher_ch=8, student_ch=4, student_d_ch=8, dim_z=32, shared_dim=16, attention=0, sn_eps=1e-8)
-TOY |= dict(teacher_kimg=32.0, stage1_kimg=24.0, stage2_kimg=12.0, batch_size=32, accumulate=1, d_steps=2, lr=1e-3)
+TOY |= dict(teacher_kimg=40.0, stage1_kimg=30.0, stage2_kimg=12.0, batch_size=32, accumulate=1, d_steps=2, lr=1e-3)
 TOY |= dict(d_lr=1e-3, adam_eps=1e-8, ema_decay=0.99, ema_start=50, inception="none", eval_every=0, workers=0)
 TOY |= dict(log_every=50, sample_every=200, save_every=200)
 

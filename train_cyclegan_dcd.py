@@ -122,8 +122,7 @@ def train(args, checkpoint):
     models.start_processes(device)
     rank, world = processes()
     out = Path(args.out)
-    if rank == 0:
-        models.check_output(args)
+    models.check_output(args)
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=args.amp == "bf16")
 
     def to_device(x):
@@ -182,12 +181,11 @@ def train(args, checkpoint):
         student_G=adam(student_G, dcd_loss.student_connectors),
     )
     pools = {name: ImagePool(args.pool_size) for name in ("teacher_B", "teacher_A", "student_B")}
-    meter = LossMeter()
+    meter, first_step = LossMeter(), 0
     record = dict(best=math.inf, scores={}, evaluated=0)  # evaluated: the step of the last evaluation
 
     # Resume
     torch.manual_seed(args.seed + rank)
-    first_step = 0
     if checkpoint:
         own = models.restore(checkpoint, out / "checkpoint.pt", networks, optimizers)
         first_step, meter = checkpoint["step"], LossMeter(own["losses"])
@@ -332,10 +330,8 @@ def build_generator(arch, ngf):
 
 @torch.no_grad()
 def evaluate(teacher_G, student_G, test_A, test_B, inception, workers, to_device):
-    """How far the student's translations of the test images are from the teacher's, and the Fréchet distances of both.
-
-    -> {"student_to_teacher": mean |G_S(x) - G_T(x)|, and with an Inception "fid_teacher": .., "fid_student": ..}.
-    """
+    """{"student_to_teacher": mean |G_S(x) - G_T(x)|} over the test images, and with an Inception the Fréchet distances
+    of both generators' translations to the real B, "fid_teacher" and "fid_student"."""
 
     def images(dataset):
         return map(to_device, models.share_batches(dataset, 8, workers))

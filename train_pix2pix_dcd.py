@@ -123,8 +123,7 @@ def parse_args(argv):
         fail(f"{args.teacher_arch}, {args.student_arch}: taps of different sizes, choose two ResNets or two U-Nets")
     smallest, multiple = (256, 256) if args.student_arch == "unet_256" else (96, 4)
     if args.crop_size < smallest or args.crop_size % multiple:
-        need = f"expected a multiple of {multiple} from {smallest} on"
-        fail(f"--crop-size is {args.crop_size}, {need}: D_T cannot read smaller maps")
+        fail(f"--crop-size is {args.crop_size}: D_T can read the maps of a multiple of {multiple} from {smallest} on")
     if args.load_size < args.crop_size:
         fail(f"--load-size {args.load_size} is smaller than --crop-size {args.crop_size}")
     return args, checkpoint
@@ -139,8 +138,7 @@ def train(args, checkpoint):
     models.start_processes(device)
     rank, world = processes()
     out = Path(args.out)
-    if rank == 0:
-        models.check_output(args)
+    models.check_output(args)
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=args.amp == "bf16")
 
     def to_device(x):
@@ -197,12 +195,11 @@ def train(args, checkpoint):
         teacher_D=adam(teacher_D),
         student_G=adam(student_G, dcd_loss.student_connectors),
     )
-    meter = LossMeter()
+    meter, first_step = LossMeter(), 0
     record = dict(best=math.inf, scores={}, evaluated=0)  # evaluated: the step of the last evaluation
 
     # Resume
     torch.manual_seed(args.seed + rank)
-    first_step = 0
     if checkpoint:
         own = models.restore(checkpoint, out / "checkpoint.pt", networks, optimizers)
         first_step, meter = checkpoint["step"], LossMeter(own["losses"])
@@ -331,11 +328,8 @@ def build_generator(arch, ngf):
 
 @torch.no_grad()
 def evaluate(teacher_G, student_G, test_pairs, inception, workers, to_device):
-    """How far the translations of the test inputs are from the true answers, and the student's from the teacher's.
-
-    -> {"mae_teacher": mean |G_T(x) - y|, "psnr_teacher": dB, the same of the student, "student_to_teacher": ..} and,
-    with an Inception, the Fréchet distances "fid_teacher", "fid_student".
-    """
+    """{"mae_teacher": mean |G_T(x) - y|, "psnr_teacher": dB, the same of the student, "student_to_teacher": ..} over
+    the test pairs and, with an Inception, the Fréchet distances "fid_teacher", "fid_student"."""
 
     def pairs():
         return (map(to_device, pair) for pair in models.share_batches(test_pairs, 8, workers))

@@ -118,8 +118,7 @@ def train(args, checkpoint):
     models.start_processes(device)
     rank, world = processes()
     out = Path(args.out)
-    if rank == 0:
-        models.check_output(args)
+    models.check_output(args)
     amp = args.amp == "bf16" or (args.amp == "auto" and device.type == "cuda")
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=amp)
 
