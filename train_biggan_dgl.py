@@ -516,9 +516,9 @@ def fail(error):
 
 
 def add_run_options(parser, unit, eval_every, auto):
-    at = parser.add_argument_group("run").add_argument
+    group = parser.add_argument_group("run")
+    at, either = group.add_argument, group.add_mutually_exclusive_group().add_argument
     at("--out", metavar="FOLDER", help=f"where everything is written, runs/{NAME}_DATA if it is not given")
-    either = parser.add_mutually_exclusive_group().add_argument
     either("--resume", action="store_true", help="go on from OUT/checkpoint.pt; a larger budget extends the run")
     either("--overwrite", action="store_true", help="replace the run that OUT holds")
     at("--seed", type=at_least(0), default=0, help="of all random numbers")
