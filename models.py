@@ -43,6 +43,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.utils import make_grid
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Leaves a docstring's lines as they are, and names the default of each option that has one."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None or action.const else super()._get_help_string(action)
+
+
 class InputError(ValueError):
     """Bad input: a message of one line that says what was found, where, and what to do."""
 
@@ -1447,8 +1454,7 @@ def print_table():
 
 
 def main(argv=None):
-    formatter = type("", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {})
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.error = lambda message: parser.exit(2, f"models.py: error: {message}\n")
     parser.add_argument("generator", nargs="?", metavar="student.pt", help="a compressed generator; without: the table")
     parser.add_argument("folders", nargs="*", metavar="FOLDER", help="pictures and where to put their translations; or")

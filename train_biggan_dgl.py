@@ -38,7 +38,6 @@ from models import BigGANDiscriminator, BigGANGenerator, InputError, init_biggan
 NAME = "biggan_dgl"
 GROWING = ("teacher_kimg", "stage1_kimg", "stage2_kimg")  # what --resume may enlarge
 STAGES = ("teacher", "student alone", "student with the teacher's discriminator")
-FILES = ("teacher", "stage1", "stage2")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Arguments
@@ -46,8 +45,7 @@ FILES = ("teacher", "stage1", "stage2")
 
 def parse_args(argv):
     """Returns the arguments, and the checkpoint when resuming: options that are not given are then the run's own."""
-    formatter = type("", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {})
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=models.HelpFormatter)
     parser.error = fail
     at = parser.add_argument_group("data").add_argument
     at("--data", metavar="IMAGES", help="a folder, or a .zip, with one folder of images for each class")
@@ -68,10 +66,9 @@ def parse_args(argv):
     at("--init", choices=("orthogonal", "normal"), default="orthogonal", help="of the weights; normal: N(0, 0.02)")
     at("--sn-eps", type=at_least(0.0), default=1e-6, help="epsilon of the spectral norm")
     at = parser.add_argument_group("method").add_argument
-    kimg = at_least(0.0)
-    at("--teacher-kimg", type=kimg, default=280000.0, help="stage 0, thousand real images; 0 with --teacher")
-    at("--stage1-kimg", type=kimg, default=280000.0, help="stage 1, thousand real images; 0 with --student")
-    at("--stage2-kimg", type=kimg, default=280000.0, help="stage 2, thousand real images")
+    at("--teacher-kimg", type=at_least(0.0), default=280000.0, help="stage 0, thousand real images; 0 with --teacher")
+    at("--stage1-kimg", type=at_least(0.0), default=280000.0, help="stage 1, thousand real images; 0 with --student")
+    at("--stage2-kimg", type=at_least(0.0), default=280000.0, help="stage 2, thousand real images")
     at("--lambda-dgl", type=at_least(0.0), default=0.1, help="stage 2: weight of D_T's term")
     at("--ema-decay", type=at_least(0.0), default=0.9999, help="of G's moving average, a step")
     at("--ema-start", type=at_least(0), default=20000, help="steps of a pair before which the average is a copy")
@@ -142,22 +139,11 @@ def train(args, checkpoint):
     files = ImageFiles(data, True)
     classes, labels = find_classes(files)
     data_facts = files.survey(say, args.size)
-    if args.eval_every and args.inception != "none" and len(files) < 2:
-        raise InputError(f"{data}: a Fréchet distance needs two images; or --inception none")
 
     # Networks
     torch.manual_seed(args.seed)
-
-    def build_pair(g_ch, d_ch):
-        attention, shared_dim = args.attention or None, args.shared_dim or None
-        z = dict(dim_z=args.dim_z, shared_dim=shared_dim, hierarchical=args.hierarchical)
-        G = BigGANGenerator(args.size, g_ch, len(classes), attention=attention, sn_eps=args.sn_eps, **z)
-        D = BigGANDiscriminator(args.size, d_ch, len(classes), attention, args.sn_eps)
-        G, D = (init_biggan(net, args.init == "orthogonal") for net in (G, D))
-        return dict(g=G, d=D, g_ema=copy.deepcopy(G).eval())
-
-    teacher = build_pair(args.teacher_ch, args.teacher_ch)
-    student = build_pair(args.student_ch, args.student_d_ch)
+    teacher = build_pair(args, args.teacher_ch, args.teacher_ch, len(classes))
+    student = build_pair(args, args.student_ch, args.student_d_ch, len(classes))
     known = teacher.keys() if args.teacher_kimg else ()
     if checkpoint:
         known = [name for name in teacher if f"teacher_{name}" in checkpoint["networks"]]
@@ -172,8 +158,7 @@ def train(args, checkpoint):
     models.share_weights(networks.values())
     inception = fid.load_inception(args.inception, device) if args.eval_every and args.inception != "none" else None
 
-    # Stages: number, first step, the step after the last one; steps count through all stages. A step shows D so many
-    # micro-batches of real images, and G makes one update.
+    # Stages; steps count through them all. A step shows D so many micro-batches of real images, and G makes one update.
     micro_batches = args.d_steps * args.accumulate
     step_images = args.batch_size * world * micro_batches
 
@@ -198,8 +183,7 @@ def train(args, checkpoint):
             if getattr(args, name) > checkpoint["args"][name] and first_step > end:
                 raise InputError(f"--{name.replace('_', '-')}: that stage is over, a later one has begun")
     models.open_output(args, checkpoint, first_step < last_step)
-    bilinear = Image.Resampling.BILINEAR
-    images = StoredSquares(files, args.size, args.cache or out, say, args.workers, bilinear)
+    images = StoredSquares(files, args.size, args.cache or out, say, args.workers, Image.Resampling.BILINEAR)
     dataset = LabelledImages(images, labels, args.mirror, args.seed)
     numbers = range(first_step * micro_batches, last_step * micro_batches)
     batches = models.run_batches(dataset, args.batch_size, numbers, args.workers)
@@ -220,25 +204,16 @@ def train(args, checkpoint):
         return args.eval_every and inception and (step % eval_steps == 0 or step in ends)
 
     def score(step):
-        score_key = "is" if inception.key == "fid" else "is_random"
         nets = {} if step <= ends[0] else dict(student=student["g_ema"])
         if "g_ema" in known and (step <= ends[0] or f"{inception.key}_teacher" not in record["scores"]):
             nets["teacher"] = teacher["g_ema"]
-        scores, real = record["scores"], real_stats()
-        for name, net in nets.items():
-            fake, (scores[f"{score_key}_{name}"], _) = generated_stats(draw(net, len(classes), args), inception, 10)
-            scores[f"{inception.key}_{name}"] = frechet_distance(fake.mean, fake.cov, real.mean, real.cov)
+        scores = record["scores"] = record["scores"] | evaluate(nets, real_stats(), inception, args)
         models.log(args, dict(step=step, evaluation=True) | scores, f"step {step}", scores, cut=not due(step))
         if due(step):
             distance = scores.get(f"{inception.key}_student", math.inf)
             if rank == 0 and distance < record["best"]:
                 models.save_generator(out / "best_student.pt", student["g_ema"], classes=classes)
             record.update(best=min(distance, record["best"]), evaluated=step)
-
-    def draw_inputs(G):
-        """Latents and random classes of one micro-batch."""
-        z = torch.randn(args.batch_size, G.dim_z, device=device)
-        return z, torch.randint(len(classes), (args.batch_size,), device=device)
 
     say(f"{out}: steps {first_step} to {last_step} of {ends[-1]}, {len(files)} images of {len(classes)} classes")
     say(f"{step_images} real images a step, on {world} x {device}")
@@ -257,9 +232,6 @@ def train(args, checkpoint):
             continue
         role, pair = ("student", student) if stage else ("teacher", teacher)
         G, D, G_ema = pair.values()
-        teacher["d"].eval()  # a frozen D_T: in train mode its spectral vectors would move
-        G.train()
-        D.train()
         optimizers["G"] = adam(G, args.lr, args.adam_eps)
         optimizers["D"] = adam(D, args.d_lr, args.adam_eps)
         if checkpoint and stage_start < first_step:
@@ -267,6 +239,7 @@ def train(args, checkpoint):
                 optimizer.load_state_dict(checkpoint["optimizers"][name])
         if stage > 0:
             networks.pop("teacher_g", None)  # has served
+            teacher["d"].eval()  # a frozen D_T: in train mode its spectral vectors would move
         generate, judge, teacher_judge = G, D, teacher["d"]
         if args.compile:
             generate, judge, teacher_judge = map(torch.compile, (generate, judge, teacher_judge))
@@ -279,7 +252,7 @@ def train(args, checkpoint):
                 optimizers["D"].zero_grad()
                 for _ in range(args.accumulate):
                     real, real_y = next(batches)
-                    z, fake_y = draw_inputs(G)
+                    z, fake_y = draw_inputs(G, args.batch_size)
                     with autocast():
                         with torch.no_grad():
                             fake = generate(z, fake_y)
@@ -296,7 +269,7 @@ def train(args, checkpoint):
             G.requires_grad_(True)
             optimizers["G"].zero_grad()
             for _ in range(args.accumulate):
-                z, y = draw_inputs(G)
+                z, y = draw_inputs(G, args.batch_size)
                 with autocast():
                     fake = generate(z, y)
                     logits = judge(fake, y)
@@ -333,7 +306,7 @@ def train(args, checkpoint):
                 nets |= dict(student=student["g_ema"]) if stage else {}
                 save_samples(out / f"samples/stage{stage}_{done:07d}.png", nets, classes, args.seed)
             if rank == 0 and stage_over:
-                save_pair(out / f"{FILES[stage]}.pt", pair, role, args)
+                save_pair(out / f"{GROWING[stage].removesuffix('_kimg')}.pt", pair, role, args)
             if done % args.save_every == 0 or stage_over or last or due(done) or signal_number:
                 save(done)
             if due(done) or (last and args.eval_every and inception):
@@ -350,18 +323,44 @@ def train(args, checkpoint):
     models.write_summary(args, max(first_step, last_step), teacher["g"], student["g"], inputs, record["scores"])
 
 
+def build_pair(args, g_ch, d_ch, n_classes):
+    attention, shared_dim = args.attention or None, args.shared_dim or None
+    z = dict(dim_z=args.dim_z, shared_dim=shared_dim, hierarchical=args.hierarchical)
+    G = BigGANGenerator(args.size, g_ch, n_classes, attention=attention, sn_eps=args.sn_eps, **z)
+    D = BigGANDiscriminator(args.size, d_ch, n_classes, attention, args.sn_eps)
+    G, D = (init_biggan(net, args.init == "orthogonal") for net in (G, D))
+    return dict(g=G, d=D, g_ema=copy.deepcopy(G).eval())
+
+
 def adam(net, lr, eps):
     return torch.optim.Adam(net.parameters(), lr=lr, betas=(0.0, 0.999), eps=eps, fused=True)
 
 
+def draw_inputs(G, n):
+    """Latents and random classes of n images."""
+    device = next(G.parameters()).device
+    return torch.randn(n, G.dim_z, device=device), torch.randint(G.config["n_classes"], (n,), device=device)
+
+
+def evaluate(nets, real, inception, args):
+    """{"fid_teacher": .., "is_teacher": .., the same of the student}: Fréchet distances of each net's images to the
+    real ones' statistics, and Inception scores."""
+    scores, score_key = {}, "is" if inception.key == "fid" else "is_random"
+    for name, net in nets.items():
+        fake, (scores[f"{score_key}_{name}"], _) = generated_stats(draw(net, args), inception, 10)
+        scores[f"{inception.key}_{name}"] = frechet_distance(fake.mean, fake.cov, real.mean, real.cov)
+    return scores
+
+
 @torch.no_grad()
-def draw(G, n_classes, args):
+def draw(G, args):
     """Yields this process's share of --eval-images images, from the same latents and classes every time."""
     device = next(G.parameters()).device
     rank, world = processes()
     for start in range(rank * args.batch_size, args.eval_images, args.batch_size * world):
         n, generator = min(args.batch_size, args.eval_images - start), torch.Generator().manual_seed(args.seed + start)
-        z, y = torch.randn(n, G.dim_z, generator=generator), torch.randint(n_classes, (n,), generator=generator)
+        z = torch.randn(n, G.dim_z, generator=generator)
+        y = torch.randint(G.config["n_classes"], (n,), generator=generator)
         yield G(z.to(device), y.to(device))
 
 

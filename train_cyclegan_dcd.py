@@ -44,8 +44,7 @@ ARCHS = ("resnet_9blocks", "mobile_resnet_9blocks")
 
 def parse_args(argv):
     """Returns the arguments, and the checkpoint when resuming: options that are not given are then the run's own."""
-    formatter = type("", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {})
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=models.HelpFormatter)
     parser.error = fail
     at = parser.add_argument_group("data").add_argument
     at("--data", metavar="FOLDER", help="holds trainA/ trainB/ testA/ testB/")
@@ -67,12 +66,7 @@ def parse_args(argv):
     at("--distill", choices=("dcd", "pixel"), default="dcd", help="feature maps: through D_T, or pixel by pixel")
     at("--teacher-every", type=at_least(1), default=4, help="student steps per step of G_T and D_T")
     fakes = ("both", "teacher", "none")
-    at(
-        "--d-fakes",
-        choices=fakes,
-        default="both",
-        help="what D_T learns from; the release: teacher; none: D_T is frozen",
-    )
+    at("--d-fakes", choices=fakes, default="both", help="what D_T learns from; release: teacher; none: it is frozen")
     at("--lambda-gan", type=at_least(0.0), default=1.0, help="student: adversarial term")
     at("--lambda-dcd", type=at_least(0.0), default=1.0, help="student: distillation of feature maps")
     at("--lambda-style", type=at_least(0.0), default=1e4, help="student: Gram matrices in VGG16")

@@ -33,16 +33,7 @@ import fid
 import models
 from fid import ImageFiles, at_least, frechet_distance, gather, generated_stats, image_errors
 from losses import DCDLoss, LossMeter, PerceptualLoss, PixelLoss, gan_loss
-from models import (
-    InputError,
-    PatchDiscriminator,
-    ResnetGenerator,
-    UnetGenerator,
-    init_weights,
-    processes,
-    say,
-    take_step,
-)
+from models import InputError, PatchDiscriminator, ResnetGenerator, UnetGenerator, processes, say, take_step
 
 NAME = "pix2pix_dcd"
 GROWING = ("epochs", "epochs_decay")  # what --resume may enlarge
@@ -54,18 +45,12 @@ ARCHS = ("mobile_resnet_9blocks", "resnet_9blocks", "unet_256")
 
 def parse_args(argv):
     """Returns the arguments, and the checkpoint when resuming: options that are not given are then the run's own."""
-    formatter = type("", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {})
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=models.HelpFormatter)
     parser.error = fail
     at = parser.add_argument_group("data").add_argument
     at("--data", metavar="FOLDER", help="holds train/ and val/ or test/, A left of B in each image")
     at("--direction", choices=("AtoB", "BtoA"), default="AtoB", help="which domain is translated into which")
-    at(
-        "--crop-size",
-        type=at_least(1),
-        default=256,
-        help="random crops, pixels: 96 or more, in fours; U-Net: 256, 512 ..",
-    )
+    at("--crop-size", type=at_least(1), default=256, help="random crops, pixels: 96 or more, in fours; U-Net: 256 ..")
     at("--load-size", type=at_least(1), help="images are first resized to this square; 286/256 of --crop-size")
     at("--toy", action="store_true", help="small networks on a synthetic data set: drawings to solid shapes")
     at = parser.add_argument_group("networks").add_argument
@@ -82,12 +67,7 @@ def parse_args(argv):
     at("--distill", choices=("dcd", "pixel"), default="dcd", help="feature maps: through D_T, or pixel by pixel")
     at("--teacher-every", type=at_least(1), default=1, help="student steps per step of G_T and D_T")
     fakes = ("both", "teacher", "none")
-    at(
-        "--d-fakes",
-        choices=fakes,
-        default="both",
-        help="what D_T learns from; the release: teacher; none: D_T is frozen",
-    )
+    at("--d-fakes", choices=fakes, default="both", help="what D_T learns from; release: teacher; none: it is frozen")
     at("--lambda-gan", type=at_least(0.0), default=1.0, help="student: adversarial term")
     at("--lambda-dcd", type=at_least(0.0), default=1.0, help="student: distillation of feature maps")
     at("--lambda-style", type=at_least(0.0), default=1e4, help="student: Gram matrices in VGG16")
@@ -162,9 +142,9 @@ def train(args, checkpoint):
 
     # Networks. The discriminator is conditional: it reads input and image as six channels.
     torch.manual_seed(args.seed)
-    teacher_G = init_weights(build_generator(args.teacher_arch, args.teacher_ngf))
-    teacher_D = init_weights(PatchDiscriminator(6, args.ndf))
-    student_G = init_weights(build_generator(args.student_arch, args.student_ngf))
+    teacher_G = models.init_weights(build_generator(args.teacher_arch, args.teacher_ngf))
+    teacher_D = models.init_weights(PatchDiscriminator(6, args.ndf))
+    student_G = models.init_weights(build_generator(args.student_arch, args.student_ngf))
     # Taps are the four feature maps that are compared, see the generators' forward.
     tap_channels = student_G.tap_channels, teacher_G.tap_channels
     dcd_loss = DCDLoss(*tap_channels, 6, teacher_D.min_size) if args.distill == "dcd" else PixelLoss(*tap_channels)

@@ -40,7 +40,6 @@ NAME = "stylegan2_dgl"
 GROWING = ("teacher_kimg", "stage1_kimg", "stage2_kimg")  # what --resume may enlarge
 SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
 STAGES = ("teacher", "student alone", "student with the teacher's discriminator")
-FILES = ("teacher", "stage1", "stage2")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Arguments
@@ -48,8 +47,7 @@ FILES = ("teacher", "stage1", "stage2")
 
 def parse_args(argv):
     """Returns the arguments, and the checkpoint when resuming: options that are not given are then the run's own."""
-    formatter = type("", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {})
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=models.HelpFormatter)
     parser.error = fail
     at = parser.add_argument_group("data").add_argument
     at("--data", metavar="IMAGES", help="a folder of images, searched recursively, or a .zip of images")
@@ -68,10 +66,9 @@ def parse_args(argv):
     at("--style-dim", type=at_least(1), default=512, help="width of z, w and the mapping network")
     at("--n-mlp", type=at_least(1), default=8, help="layers of the mapping network")
     at = parser.add_argument_group("method").add_argument
-    kimg = at_least(0.0)
-    at("--teacher-kimg", type=kimg, default=25000.0, help="stage 0, thousand images; 0 with --teacher")
-    at("--stage1-kimg", type=kimg, default=25000.0, help="stage 1, thousand images; 0 with --student")
-    at("--stage2-kimg", type=kimg, default=25000.0, help="stage 2, thousand images")
+    at("--teacher-kimg", type=at_least(0.0), default=25000.0, help="stage 0, thousand images; 0 with --teacher")
+    at("--stage1-kimg", type=at_least(0.0), default=25000.0, help="stage 1, thousand images; 0 with --student")
+    at("--stage2-kimg", type=at_least(0.0), default=25000.0, help="stage 2, thousand images")
     at("--lambda-dgl", type=at_least(0.0), default=0.1, help="stage 2: weight of D_T's term")
     at("--r1-gamma", type=at_least(0.0), default=10.0, help="gradient penalty of D on real images, 0: none")
     at("--r1-every", type=at_least(1), default=16, help="steps between its steps")
@@ -139,16 +136,8 @@ def train(args, checkpoint):
 
     # Networks
     torch.manual_seed(args.seed)
-
-    def build_pair(g_width, d_width):
-        if args.size not in SIZES:  # a teacher file may bring any
-            raise InputError(f"--size {args.size}: expected one of {', '.join(map(str, SIZES))}")
-        G = StyleGAN2Generator(args.size, args.style_dim, args.n_mlp, args.channel_multiplier, g_width)
-        D = StyleGAN2Discriminator(args.size, args.channel_multiplier, d_width)
-        return dict(g=G, d=D, g_ema=copy.deepcopy(G), path=losses.PathLengthPenalty(decay=0.01))
-
-    teacher = build_pair(args.teacher_width, args.teacher_width)
-    student = build_pair(args.student_width, args.student_d_width)
+    teacher = build_pair(args, args.teacher_width, args.teacher_width)
+    student = build_pair(args, args.student_width, args.student_d_width)
     known = teacher.keys() if args.teacher_kimg else ()
     if checkpoint:
         known = [name for name in teacher if f"teacher_{name}" in checkpoint["networks"]]
@@ -210,21 +199,13 @@ def train(args, checkpoint):
         nets = {} if step <= ends[0] else dict(student=student["g_ema"])
         if "g_ema" in known and (step <= ends[0] or f"{inception.key}_teacher" not in record["scores"]):
             nets["teacher"] = teacher["g_ema"]
-        for name, net in nets.items():
-            fake, real = generated_stats(draw(net, args), inception), real_stats()
-            record["scores"][f"{inception.key}_{name}"] = frechet_distance(fake.mean, fake.cov, real.mean, real.cov)
-        scores = record["scores"]
+        scores = record["scores"] = record["scores"] | evaluate(nets, real_stats(), inception, args)
         models.log(args, dict(step=step, evaluation=True) | scores, f"step {step}", scores, cut=not due(step))
         if due(step):
             distance = scores.get(f"{inception.key}_student", math.inf)
             if rank == 0 and distance < record["best"]:
                 models.save_generator(out / "best_student.pt", student["g_ema"], average=args.ema_kimg * 1000)
             record.update(best=min(distance, record["best"]), evaluated=step)
-
-    def latents(G, n):
-        """w of n images, (n, layers, style_dim); with probability --style-mixing of two z, mixed at a random layer."""
-        count = 1 + int(torch.rand(()) < args.style_mixing)
-        return G.mapping(torch.randn(count, n, args.style_dim, device=device).unbind())
 
     say(f"{out}: steps {first_step} to {last_step} of {ends[-1]}, {len(files)} images, on {world} x {device}")
     if first_step >= last_step:
@@ -262,7 +243,7 @@ def train(args, checkpoint):
             D.requires_grad_(True)
             with autocast():
                 with torch.no_grad():
-                    fake = synthesis(latents(G, args.batch_size))
+                    fake = synthesis(latents(G, args.batch_size, args))
                 loss_D = losses.discriminator_logistic_loss(judge(real), judge(fake))
             take_step(optimizers["D"], loss_D)
             meter.add(D=loss_D)
@@ -278,7 +259,7 @@ def train(args, checkpoint):
             D.requires_grad_(False)
             G.requires_grad_(True)
             with autocast():
-                fake = synthesis(latents(G, args.batch_size))
+                fake = synthesis(latents(G, args.batch_size, args))
                 logits = judge(fake)
                 if stage == 2:
                     teacher_logits = teacher_judge(fake)
@@ -292,7 +273,7 @@ def train(args, checkpoint):
             # Path length: E[ (|J_w^T y| - a)^2 ] on half a batch
             if args.path_weight and (step - stage_start) % args.path_every == 0:
                 with autocast():
-                    w = latents(G, max(1, args.batch_size // 2))
+                    w = latents(G, max(1, args.batch_size // 2), args)
                     loss_path = path_length(G.synthesis(w), w)
                 take_step(optimizers["G"], args.path_weight * args.path_every * loss_path)
                 if world > 1:
@@ -321,7 +302,7 @@ def train(args, checkpoint):
                 nets |= dict(student=student["g_ema"]) if stage else {}
                 save_samples(out / f"samples/stage{stage}_{done:07d}.png", nets, args)
             if rank == 0 and stage_over:
-                save_pair(out / f"{FILES[stage]}.pt", pair, role, args)
+                save_pair(out / f"{GROWING[stage].removesuffix('_kimg')}.pt", pair, role, args)
             if done % args.save_every == 0 or stage_over or last or due(done) or signal_number:
                 save(done)
             if due(done) or (last and args.eval_every and inception):
@@ -338,6 +319,14 @@ def train(args, checkpoint):
     models.write_summary(args, max(first_step, last_step), teacher["g"], student["g"], inputs, record["scores"])
 
 
+def build_pair(args, g_width, d_width):
+    if args.size not in SIZES:  # a teacher file may bring any
+        raise InputError(f"--size {args.size}: expected one of {', '.join(map(str, SIZES))}")
+    G = StyleGAN2Generator(args.size, args.style_dim, args.n_mlp, args.channel_multiplier, g_width)
+    D = StyleGAN2Discriminator(args.size, args.channel_multiplier, d_width)
+    return dict(g=G, d=D, g_ema=copy.deepcopy(G), path=losses.PathLengthPenalty(decay=0.01))
+
+
 def lazy_adam(net, lr, every):
     """Adam for a network whose penalty has a step of its own after every so many steps, or never (None).
 
@@ -345,6 +334,21 @@ def lazy_adam(net, lr, every):
     """
     c = every / (every + 1) if every else 1.0
     return torch.optim.Adam(net.parameters(), lr=lr * c, betas=(0.0, 0.99**c), fused=True)
+
+
+def latents(G, n, args):
+    """w of n images, (n, layers, style_dim); with probability --style-mixing of two z, mixed at a random layer."""
+    count = 1 + int(torch.rand(()) < args.style_mixing)
+    return G.mapping(torch.randn(count, n, args.style_dim, device=next(G.parameters()).device).unbind())
+
+
+def evaluate(nets, real, inception, args):
+    """{"fid_teacher": .., "fid_student": ..}: Fréchet distances of each net's images to the real ones' statistics."""
+    scores = {}
+    for name, net in nets.items():
+        fake = generated_stats(draw(net, args), inception)
+        scores[f"{inception.key}_{name}"] = frechet_distance(fake.mean, fake.cov, real.mean, real.cov)
+    return scores
 
 
 @torch.no_grad()
