@@ -1407,7 +1407,7 @@ def table(rows):
 
 
 def print_table():
-    """What each generator costs; beside the first of a group the others' factors."""
+    """What each generator costs, as it is and as an exported program; beside the first of a group the factors."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     image, y = torch.randn(1, 3, 256, 256, device=device), torch.zeros(1, dtype=torch.long, device=device)
     z512, z120, z128 = (torch.randn(1, n, device=device) for n in (512, 120, 128))
@@ -1438,18 +1438,22 @@ def print_table():
             ("BigGAN-32, ch 48 (DGL)", lambda: BigGANGenerator(32, 48, **cifar), z128, y),
         ],
     ]
-    print(f"{'':34}{'parameters':>18}{'MACs, exact':>19}{'MACs, published':>20}{'time per image':>16}")
+    print(f"{'':34}{'parameters':>18}{'MACs, exact':>19}{'MACs, published':>20}{'time per image':>16}{'exported':>12}")
     for group in groups:
         original = None
         for name, build, *inputs in group:
-            *counts, seconds = cost(build().to(device).eval(), *inputs).values()
+            net = build().to(device).eval()
+            *counts, seconds = cost(net, *inputs).values()
+            exported = seconds_per_call(torch.export.export(net, tuple(inputs)).module(), *inputs)
             original = original or counts
             params, exact, published = (
                 f"{count / unit:.3f}{letter} {first / count:5.1f}x"
                 for count, first, unit, letter in zip(counts, original, (1e6, 1e9, 1e9), "MGG", strict=True)
             )
-            print(f"{name:34}{params:>18}{exact:>19}{published:>20}{1000 * seconds:13.1f} ms", flush=True)
+            times = f"{1000 * seconds:13.1f} ms{1000 * exported:9.1f} ms"
+            print(f"{name:34}{params:>18}{exact:>19}{published:>20}{times}", flush=True)
     print(f"\nTime on {device} ({torch.get_num_threads()} threads), batch 1, float32; image networks at 256x256.")
+    print("Exported: the program that torch.export makes, which runs without this file.")
     print("Published MACs: the convention of the papers' tables, which counts transposed convolutions four times.")
 
 
