@@ -1,11 +1,12 @@
 """Losses of the two papers.
 
-    gan_loss, DCDLoss, PixelLoss, PerceptualLoss                             DCD (arXiv 2212.14169)
-    generator_logistic_loss, discriminator_logistic_loss, dgl_generator_loss,
-    r1_penalty, PathLengthPenalty                                            StyleGAN2 and DGL-GAN (arXiv 2112.06502)
-    LossMeter                                                                running means for the log
+    generator_loss, discriminator_loss          adversarial: least squares, hinge, logistic
+    DCDLoss, PixelLoss, PerceptualLoss          DCD (arXiv 2212.14169)
+    r1_penalty, PathLengthPenalty               StyleGAN2 (arXiv 1912.04958)
+    LossMeter                                   running means for the log
 
-Every loss is computed in float32, also under autocast. Each piece works alone: copy what you need.
+DGL-GAN's objective (arXiv 2112.06502) is two generator losses: generator_loss(D_S(fake), mode) + lambda_dgl *
+generator_loss(D_T(fake), mode). Every loss is computed in float32, also under autocast.
 """
 
 import math
@@ -21,30 +22,46 @@ from fid import fetch_weights
 from models import load_file, load_weights, processes
 
 # ----------------------------------------------------------------------------------------------------------------------
-# DCD
+# Adversarial losses
 
 
-def gan_loss(logits, is_real, mode, for_discriminator=True):
-    """Adversarial loss of a batch of logits that should be called real, or fake.
+def generator_loss(logits, mode):
+    """What a generator makes small, given a discriminator's logits of its images, of any shape -> the mean, a scalar.
 
-    Args:
-        logits: any shape, before any sigmoid.
-        is_real: what the judged images are to be taken for; a generator wants True.
-        mode: "lsgan" (mean squared error to 1 or 0) or "hinge".
-        for_discriminator: only hinge differs: max(0, 1 -+ logits) for the discriminator, -logits for the generator.
+    "lsgan": E[(D(G) - 1)^2]    "hinge": -E[D(G)]    "logistic", non-saturating: E[softplus(-D(G))]
 
-    Returns the mean, a scalar. Raises ValueError for another mode, and for a generator's hinge loss with is_real=False.
+    Raises ValueError for another mode.
     """
     logits = logits.float()
     if mode == "lsgan":
-        return (logits - float(is_real)).square().mean()
-    if mode != "hinge":
-        raise ValueError(f"mode is {mode!r}, expected 'lsgan' or 'hinge'")
-    if for_discriminator:
-        return F.relu(1 - logits if is_real else 1 + logits).mean()
-    if not is_real:
-        raise ValueError("a generator's hinge loss has no is_real=False: it wants its images to be called real")
-    return -logits.mean()
+        return (logits - 1).square().mean()
+    if mode == "hinge":
+        return -logits.mean()
+    if mode == "logistic":
+        return F.softplus(-logits).mean()
+    raise ValueError(f"mode is {mode!r}, expected 'lsgan', 'hinge' or 'logistic'")
+
+
+def discriminator_loss(real_logits, fake_logits, mode):
+    """What a discriminator makes small, given its logits of real images y and generated ones, of any shape -> scalar.
+
+    "lsgan": E[(D(y) - 1)^2] + E[D(G)^2]    "hinge": E[max(0, 1 - D(y))] + E[max(0, 1 + D(G))]
+    "logistic": E[softplus(-D(y))] + E[softplus(D(G))]
+
+    Raises ValueError for another mode.
+    """
+    real, fake = real_logits.float(), fake_logits.float()
+    if mode == "lsgan":
+        return (real - 1).square().mean() + fake.square().mean()
+    if mode == "hinge":
+        return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
+    if mode == "logistic":
+        return F.softplus(-real).mean() + F.softplus(fake).mean()
+    raise ValueError(f"mode is {mode!r}, expected 'lsgan', 'hinge' or 'logistic'")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# DCD
 
 
 class DCDLoss(nn.Module):
@@ -169,20 +186,17 @@ class PerceptualLoss(nn.Module):
             load_weights(self.features, {k: state_dict[k] for k in self.features.state_dict() if k in state_dict}, path)
         self.requires_grad_(False)
 
-    def forward(self, images, targets, style=True, feature=True):
-        """(N, 3, H, W) in [-1, 1], twice -> (style, feature), two scalars; a term that is not asked for is 0.
-
-        The gradient reaches images alone.
-        """
+    def forward(self, images, targets, terms=("style", "feature")):
+        """(N, 3, H, W) in [-1, 1], twice -> {term: scalar} of those asked for. The gradient reaches images alone."""
         x, y = (images + 1) / 2, (targets.detach() + 1) / 2
-        losses = {"style": torch.zeros((), device=x.device), "feature": torch.zeros((), device=x.device)}
-        for index, layer in enumerate(self.features if style else self.features[: self.relu2_2 + 1]):
+        found = dict.fromkeys(terms, 0.0)
+        for index, layer in enumerate(self.features if "style" in terms else self.features[: self.relu2_2 + 1]):
             x, y = layer(x), layer(y)
-            if style and index in (self.relu1_2, self.relu2_2, self.relu3_3, self.relu4_3):
-                losses["style"] = losses["style"] + (gram_matrix(x) - gram_matrix(y)).abs().mean()
-            if feature and index == self.relu2_2:
-                losses["feature"] = (x.float() - y.float()).abs().mean()
-        return losses["style"], losses["feature"]
+            if "style" in terms and index in (self.relu1_2, self.relu2_2, self.relu3_3, self.relu4_3):
+                found["style"] = found["style"] + (gram_matrix(x) - gram_matrix(y)).abs().mean()
+            if "feature" in terms and index == self.relu2_2:
+                found["feature"] = (x.float() - y.float()).abs().mean()
+        return found
 
 
 def gram_matrix(x):
@@ -194,37 +208,7 @@ def gram_matrix(x):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# StyleGAN2 and DGL-GAN
-
-
-def generator_logistic_loss(logits):
-    """E[ softplus(-D(G(z))) ], the non-saturating loss; logits of any shape -> scalar."""
-    return F.softplus(-logits.float()).mean()
-
-
-def discriminator_logistic_loss(real_logits, fake_logits):
-    """E[ softplus(-D(y)) ] + E[ softplus(D(G(z))) ]; logits of any shape -> scalar."""
-    return F.softplus(-real_logits.float()).mean() + F.softplus(fake_logits.float()).mean()
-
-
-def dgl_generator_loss(student_logits, teacher_logits, weight=0.1, mode="logistic"):
-    """The student generator's objective under two judges (arXiv 2112.06502), without path length.
-
-    logistic (StyleGAN2): E[ softplus(-D_S(G_S(z))) ] + weight * E[ softplus(-D_T(G_S(z))) ]
-    hinge (BigGAN):       - E[ D_S(G_S(z, y), y) ] - weight * E[ D_T(G_S(z, y), y) ]
-
-    Args:
-        student_logits: D_S(G_S(z)), any shape.
-        teacher_logits: D_T(G_S(z)) of the frozen teacher discriminator.
-        weight: lambda, 0.1 in the paper.
-
-    Raises ValueError for another mode.
-    """
-    if mode == "logistic":
-        return generator_logistic_loss(student_logits) + weight * generator_logistic_loss(teacher_logits)
-    if mode != "hinge":
-        raise ValueError(f"mode is {mode!r}, expected 'logistic' or 'hinge'")
-    return gan_loss(student_logits, True, mode, False) + weight * gan_loss(teacher_logits, True, mode, False)
+# StyleGAN2's penalties
 
 
 def r1_penalty(logits, images):

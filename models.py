@@ -504,18 +504,18 @@ class StyleGAN2Generator(nn.Module):
 
         With two latents, layers from inject_index (random when None) on use the second: style mixing.
         """
-        z = [z] if isinstance(z, torch.Tensor) else z
-        return self.broadcast_latents(self.style(torch.cat(list(z))).chunk(len(z)), inject_index)
-
-    def broadcast_latents(self, w, inject_index=None):
-        if w[0].ndim == 3:
-            return w[0]
-        index = torch.randint(1, self.n_latent, ()).item() if inject_index is None and len(w) > 1 else inject_index
-        first, second = (v.unsqueeze(1).expand(-1, self.n_latent, -1) for v in (w[0], w[-1]))
-        return torch.cat([first[:, :index], second[:, index:]], 1) if len(w) > 1 else first.contiguous()
+        z = [z] if isinstance(z, torch.Tensor) else list(z)
+        w = self.style(torch.cat(z)).unsqueeze(1).expand(-1, self.n_latent, -1)
+        if len(z) == 1:
+            return w.contiguous()
+        index = torch.randint(1, self.n_latent, ()).item() if inject_index is None else inject_index
+        first, second = w.chunk(2)
+        return torch.cat([first[:, :index], second[:, index:]], 1)
 
     def synthesis(self, latents, noise="random"):
         """w (N, n_latent, style_dim) -> images (N, 3, size, size); noise "random" or "fixed" (the buffers)."""
+        if noise not in ("random", "fixed"):
+            raise ValueError(f"noise is {noise!r}, expected 'random' or 'fixed'")
 
         def layer_noise(n):
             buffer = getattr(self.noises, f"noise_{n}")
@@ -530,40 +530,22 @@ class StyleGAN2Generator(nn.Module):
             image = to_rgb(x, latents[:, 2 * i + 3], image)
         return image
 
-    def forward(
-        self,
-        z,
-        truncation=1.0,
-        mean_latent=None,
-        inject_index=None,
-        input_is_latent=False,
-        return_latents=False,
-        noise="random",
-    ):
+    def forward(self, z, truncation=1.0, mean_latent=None, noise="random"):
         """Latents -> images (N, 3, size, size), trained towards [-1, 1] but not bounded.
 
         Args:
-            z: (N, style_dim) from N(0, 1), or a list of two for style mixing; w when input_is_latent, where
-                (N, n_latent, style_dim) gives every layer its own.
+            z: (N, style_dim) from N(0, 1), or a list of two for style mixing. For w see synthesis.
             truncation: moves w towards mean_latent: mean + truncation * (w - mean).
-            inject_index: first layer of the second latent; random when None.
-            return_latents: return (images, w of every layer).
             noise: "random" or "fixed".
 
-        Raises:
-            ValueError: noise is neither, or truncation without mean_latent.
+        Raises ValueError for another noise, and for truncation without mean_latent.
         """
-        if noise not in ("random", "fixed"):
-            raise ValueError(f"noise is {noise!r}, expected 'random' or 'fixed'")
         if truncation != 1 and mean_latent is None:
             raise ValueError(f"truncation {truncation} needs mean_latent: pass generator.mean_latent()")
-        z = [z] if isinstance(z, torch.Tensor) else list(z)
-        w = z if input_is_latent else self.style(torch.cat(z)).chunk(len(z))
+        latents = self.mapping(z)
         if truncation != 1:
-            w = [mean_latent + truncation * (v - mean_latent) for v in w]
-        latents = self.broadcast_latents(w, inject_index)
-        image = self.synthesis(latents, noise)
-        return (image, latents) if return_latents else image
+            latents = mean_latent + truncation * (latents - mean_latent)
+        return self.synthesis(latents, noise)
 
 
 def conv_layer(in_channels, out_channels, kernel_size, downsample=False, activate=True):
@@ -903,7 +885,7 @@ def run_batches(dataset, batch_size, numbers, workers):
             dataset,
             batch_sampler=(range(start, start + batch_size) for start in starts),
             num_workers=workers,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=torch.cuda.is_initialized(),
             worker_init_fn=ignore_signals,
             generator=torch.Generator(),  # the loader draws a seed: not from the run's random numbers
         )
@@ -1038,8 +1020,6 @@ def load_checkpoint(path, script):
     if content.get("script") != script:
         found = f"a checkpoint of train_{content['script']}.py" if "script" in content else "no checkpoint of a run"
         raise InputError(f"{path}: {found}, expected one of train_{script}.py")
-    if "evaluated" not in content:
-        raise InputError(f"{path}: written by an earlier version of train_{script}.py, which has to go on with it")
     return content
 
 
@@ -1111,8 +1091,8 @@ def load_weights(net, state_dict, source):
 def load_networks(paths, networks, script):
     """Loads trained networks (name to module): a file each, in their order, or all from one checkpoint.pt of ours.
 
-    Raises InputError for more files than networks, for a checkpoint of another script than the one named, and for a
-    file that is missing, damaged or does not fit.
+    Returns the names of those that were loaded. Raises InputError for more files than networks, for a checkpoint of
+    another script than the one named, and for a file that is missing, damaged or does not fit.
     """
     if len(paths) > len(networks):
         raise InputError(f"{len(paths)} files of weights, expected at most {len(networks)}: {', '.join(networks)}")
@@ -1122,8 +1102,9 @@ def load_networks(paths, networks, script):
             content = load_checkpoint(path, script)
             for each in networks:
                 load_weights(networks[each], content["networks"].get(each), f"{path}, {each}")
-            return
+            return [*networks]
         load_weights(net, content.get("state_dict", content), f"{path}, as {name} of this architecture and width")
+    return [*networks][: len(paths)]
 
 
 def save_generator(path, net, **facts):

@@ -40,7 +40,7 @@ from torchvision.models import VGG16_Weights
 import fid
 import losses
 import models
-from losses import DCDLoss, PathLengthPenalty, PerceptualLoss, PixelLoss, dgl_generator_loss, gan_loss
+from losses import DCDLoss, PathLengthPenalty, PerceptualLoss, PixelLoss
 from models import PatchDiscriminator, ResnetGenerator, StyleGAN2Discriminator, StyleGAN2Generator, UnetGenerator
 
 HERE = Path(models.__file__).parent
@@ -501,17 +501,14 @@ def test_wrong_uses_of_the_command(arguments, message, tmp_path, monkeypatch, ca
 # Losses, against slow, obvious formulas
 
 
-def test_losses_of_logits():
-    """What test_first_step does not take from the paper."""
-    logits, theirs = torch.tensor([[-2.0, 0.5], [3.0, 0.0]]), torch.tensor([[2.0], [-2.5]])
-    found = dgl_generator_loss(logits, theirs, 0.1, mode="hinge")
-    assert found.item() == pytest.approx(-1.5 / 4 + 0.1 * (-2 + 2.5) / 2)
-    log_real, log_fake = logits.sigmoid().log().mean(), (1 - theirs.sigmoid()).log().mean()
-    torch.testing.assert_close(dgl_generator_loss(logits, theirs), -log_real - 0.1 * theirs.sigmoid().log().mean())
-    torch.testing.assert_close(losses.discriminator_logistic_loss(logits, theirs), -log_real - log_fake)
-    fails("generator", gan_loss, logits, False, "hinge", for_discriminator=False)
-    fails("wgan", gan_loss, logits, True, "wgan")
-    fails("wgan", dgl_generator_loss, logits, theirs, mode="wgan")
+def test_adversarial_losses():
+    """Least squares and hinge are in test_first_step."""
+    real, fake = torch.tensor([[-2.0, 0.5], [3.0, 0.0]]), torch.tensor([[2.0], [-2.5]])
+    log_real, log_fake = real.sigmoid().log().mean(), (1 - fake.sigmoid()).log().mean()
+    torch.testing.assert_close(losses.generator_loss(real, "logistic"), -log_real)
+    torch.testing.assert_close(losses.discriminator_loss(real, fake, "logistic"), -log_real - log_fake)
+    fails("wgan", losses.generator_loss, real, "wgan")
+    fails("wgan", losses.discriminator_loss, real, fake, "wgan")
 
 
 def test_dcd_loss():
@@ -551,18 +548,17 @@ def test_pixel_loss_is_plain_feature_matching():
 def test_perceptual_loss_is_the_papers():
     vgg = PerceptualLoss("random")
     x, y = (torch.rand(2, 3, 32, 48).mul(2).sub(1).requires_grad_() for _ in "xy")
-    style, feature = vgg(x, y)
-    expected = 0
+    found, expected = vgg(x, y), 0
     for layer in (3, 8, 15, 22):
         a, b = (vgg.features[: layer + 1]((image + 1) / 2) for image in (x, y))
         grams = [torch.einsum("nchw,ndhw->ncd", f, f) / f[0].numel() for f in (a, b)]
         expected = expected + (grams[0] - grams[1]).abs().mean()
         if layer == 8:
-            torch.testing.assert_close(feature, (a - b).abs().mean())
-    torch.testing.assert_close(style, expected)
-    (style + feature).backward()
+            torch.testing.assert_close(found["feature"], (a - b).abs().mean())
+    torch.testing.assert_close(found["style"], expected)
+    sum(found.values()).backward()
     assert x.grad.abs().sum() > 0 and y.grad is None and all(p.grad is None for p in vgg.parameters())
-    assert vgg(x, y, style=False) == (0, feature) and vgg(x, y, feature=False) == (style, 0)
+    assert all(vgg(x, y, [term]) == {term: found[term]} for term in ("style", "feature"))
 
 
 def test_vgg_weights(server, tmp_path, monkeypatch):
@@ -773,6 +769,7 @@ def test_runs_are_kept(name, data, tmp_path, quick_inception, capsys):
         ("--resume --seed 3", "--seed 3 (the run has 0)"),
         ("--resume --overwrite", "not allowed with"),
         ("--resume --teacher other.pt", "(the run has None)"),
+        ("--resume --inception random", "--inception random (the run has auto)"),
     ):
         assert message in refused(capsys, name, data, tmp_path, options)
     assert all(p.read_bytes() == content for p, content in before.items()) and log_lines(tmp_path) == lines
@@ -1009,7 +1006,7 @@ def test_first_step(name, data, tmp_path, batches):
         real, fakes = (judged["y"] - 1).square().mean(), [judged[key].square().mean() for key in "TS"]
     expected["D_T"] = (real + sum(fakes) / 2) / 2
     expected["G_S_dcd"] = dcd(taps_S, [tap.detach() for tap in taps_T], D.features)
-    expected["G_S_style"], expected["G_S_feature"] = PerceptualLoss("random")(fake_S, fake_T)
+    expected |= {f"G_S_{term}": value for term, value in PerceptualLoss("random")(fake_S, fake_T).items()}
     expected = {key: value.requires_grad_() for key, value in expected.items()}
     found = {key: value for key, value in line.items() if key[:2] in ("G_", "D_")}
     assert found == {key: pytest.approx(value.item(), rel=1e-3) for key, value in expected.items()}
@@ -1024,7 +1021,7 @@ def test_first_step(name, data, tmp_path, batches):
 
 
 @dcd_scripts
-def test_every_ablation(name, data, tmp_path):
+def test_every_ablation(name, data, tmp_path, capsys):
     run(name, data, tmp_path / "still", "--max-steps 1 --lr 0")
     before, terms, frozen = weights(tmp_path / "still"), ("gan", "dcd", "style", "feature"), "--d-fakes none --teacher"
     frozen = f"{frozen} {tmp_path}/still/checkpoint.pt"
@@ -1037,6 +1034,9 @@ def test_every_ablation(name, data, tmp_path):
         assert same(before["teacher_D"], after["teacher_D"]) == ("D_T" not in line) == (options == frozen)
         if not options:
             assert same(before["dcd_loss"], after["dcd_loss"]) == (term != "dcd")
+    torch.save(before["teacher_G"], tmp_path / "G.pth")
+    options = f"--overwrite --d-fakes none --teacher {tmp_path}/G.pth"
+    assert "with its trained discriminator" in refused(capsys, name, data, tmp_path / "out", options)
 
 
 @dcd_scripts
@@ -1153,6 +1153,24 @@ def test_dgl_continues_stage_1(data, teacher, tmp_path):
         assert all(same(start[key], weights(out)[f"student_{key}"]) for key in ("g", "d", "g_ema", "path"))
         found = [saved_args(out)[key] for key in ("student_width", "student_d_width", "size", "style_dim", "n_mlp")]
         assert found == [0.0078, 0.01, 8, 8, 2]
+
+
+@pytest.mark.parametrize("name", [name for name in SCRIPTS if "dgl" in name])
+def test_dgl_objective(name, data, tmp_path):
+    """G's gradient is its own term's plus lambda times D_T's, which the log has unweighted. Here D_T judges as D_S."""
+    run(name, data, tmp_path / "first", "--stage1-kimg 0 --stage2-kimg 0")
+    options = f"--teacher {tmp_path}/first/teacher.pt --student {tmp_path}/first/teacher.pt --lr 0 --max-steps 1"
+    options += dict(stylegan2_dgl=" --path-weight 0", biggan_dgl=f" --d-lr 0 {CHANNELS} --student-ch 2")[name]
+    losses, gradients = [], []
+    for weight in (0, 1, 5):
+        extra = f"--overwrite --teacher-kimg 0 --stage1-kimg 0 --lambda-dgl {weight}"
+        losses.append(run(name, data, tmp_path / "out", options, extra, networks=False)[0])
+        moments = checkpoint(tmp_path / "out")["optimizers"]["G"]["state"].values()  # beta1 is 0
+        gradients.append(torch.cat([moment["exp_avg"].flatten() for moment in moments]))
+    own, one, five = gradients
+    assert losses[0] == losses[1] == losses[2] and (five - own - 5 * (one - own)).norm() < 1e-4 * five.norm()
+    if "stylegan2" in name:  # BigGAN's spectral norms are a step apart
+        assert losses[0]["G"] == pytest.approx(losses[0]["G_dgl"]) and (one - 2 * own).norm() < 1e-4 * one.norm()
 
 
 def test_dgl_without_penalties_and_other_stages(data, teacher, tmp_path):

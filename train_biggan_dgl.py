@@ -32,7 +32,7 @@ from torch.utils.data import Dataset
 import fid
 import models
 from fid import ImageFiles, StoredSquares, at_least, frechet_distance, gather, generated_stats
-from losses import LossMeter, dgl_generator_loss, gan_loss
+from losses import LossMeter, discriminator_loss, generator_loss
 from models import BigGANDiscriminator, BigGANGenerator, InputError, init_biggan, processes, say
 
 NAME = "biggan_dgl"
@@ -138,7 +138,7 @@ def train(args, checkpoint):
     gather(None)  # wait for rank 0
     files = ImageFiles(data, True)
     classes, labels = find_classes(files)
-    data_facts = files.survey(say, args.size)
+    data_facts = gather(files.survey(say, args.size) if rank == 0 else None)[0]
 
     # Networks
     torch.manual_seed(args.seed)
@@ -218,7 +218,8 @@ def train(args, checkpoint):
     say(f"{out}: steps {first_step} to {last_step} of {ends[-1]}, {len(files)} images of {len(classes)} classes")
     say(f"{step_images} real images a step, on {world} x {device}")
     if first_step >= last_step:
-        say(f"nothing is left to train; a larger --{' or --'.join(GROWING).replace('_', '-')} extends the run")
+        last = [name for name in GROWING if getattr(args, name)][-1]
+        say(f"nothing is left to train; a larger --{last.replace('_', '-')} extends the run")
     elif not checkpoint and args.stage2_kimg and not (args.stage1_kimg or args.student):
         say("stage 2 will start from random weights, which the paper found unstable: see --stage1-kimg and --student")
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -232,13 +233,12 @@ def train(args, checkpoint):
             continue
         role, pair = ("student", student) if stage else ("teacher", teacher)
         G, D, G_ema = pair.values()
-        optimizers["G"] = adam(G, args.lr, args.adam_eps)
-        optimizers["D"] = adam(D, args.d_lr, args.adam_eps)
+        optimizers |= dict(G=adam(G, args.lr, args.adam_eps), D=adam(D, args.d_lr, args.adam_eps))
         if checkpoint and stage_start < first_step:
             for name, optimizer in optimizers.items():
                 optimizer.load_state_dict(checkpoint["optimizers"][name])
         if stage > 0:
-            networks.pop("teacher_g", None)  # has served
+            networks.pop("teacher_g", teacher["g"]).cpu()  # has served
             teacher["d"].eval()  # a frozen D_T: in train mode its spectral vectors would move
         generate, judge, teacher_judge = G, D, teacher["d"]
         if args.compile:
@@ -258,13 +258,13 @@ def train(args, checkpoint):
                             fake = generate(z, fake_y)
                         both = torch.cat([fake, to_device(real)]), torch.cat([fake_y, real_y.to(device)])
                         fake_logits, real_logits = judge(*both).split(args.batch_size)
-                    loss_D = gan_loss(real_logits, True, "hinge") + gan_loss(fake_logits, False, "hinge")
+                    loss_D = discriminator_loss(real_logits, fake_logits, "hinge")
                     (loss_D / args.accumulate).backward()
                     meter.add(D=loss_D, D_real=real_logits.float().mean(), D_fake=fake_logits.float().mean())
                 models.average_gradients(optimizers["D"])
                 optimizers["D"].step()
 
-            # Generator: -E[ D(G(z, y), y) ], in stage 2 - lambda_dgl E[ D_T(G(z, y), y) ] (the paper's method)
+            # Generator: -E[ D(G(z, y), y) ], in stage 2 - lambda_dgl E[ D_T(G(z, y), y) ], D_T being frozen
             D.requires_grad_(False)
             G.requires_grad_(True)
             optimizers["G"].zero_grad()
@@ -272,14 +272,12 @@ def train(args, checkpoint):
                 z, y = draw_inputs(G, args.batch_size)
                 with autocast():
                     fake = generate(z, y)
-                    logits = judge(fake, y)
+                    objective = loss_G = generator_loss(judge(fake, y), "hinge")
                     if stage == 2:
-                        teacher_logits = teacher_judge(fake, y)
-                        loss_G = dgl_generator_loss(logits, teacher_logits, args.lambda_dgl, "hinge")
-                        meter.add(G_dgl=-teacher_logits.float().mean())
-                    else:
-                        loss_G = gan_loss(logits, True, "hinge", False)
-                (loss_G / args.accumulate).backward()
+                        loss_dgl = generator_loss(teacher_judge(fake, y), "hinge")
+                        objective = loss_G + args.lambda_dgl * loss_dgl
+                        meter.add(G_dgl=loss_dgl)
+                (objective / args.accumulate).backward()
                 meter.add(G=loss_G)
             models.average_gradients(optimizers["G"])
             optimizers["G"].step()
@@ -541,14 +539,16 @@ FREE += "log_every sample_every save_every eval_every".split()
 def read_checkpoint(parser, argv):
     """OUT/checkpoint.pt -> (arguments completed from it, checkpoint).
 
-    FREE options may differ from the run's own, the budgets GROWING may be larger; anything else is refused.
+    FREE options may differ from the run's own, but no random features from trained ones; the budgets GROWING may be
+    larger; anything else is refused.
     """
     out = parser.parse_args(argv).out
     checkpoint = models.load_checkpoint(Path(out, "checkpoint.pt"), NAME)
     saved = checkpoint["args"] | dict(overwrite=False, out=out, max_steps=None)
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)
-    changed = {k: v for k, v in vars(args).items() if k not in FREE and v != saved.get(k)}
+    changed = {k: v for k, v in vars(args).items() if v != saved.get(k)}
+    changed = {k: v for k, v in changed.items() if k not in FREE or "random" in (v, saved.get(k))}
     grown = {k: v for k, v in changed.items() if k in GROWING and v > saved[k]}
     refused = [
         f"--{k.replace('_', '-')} {v} (the run has {saved.get(k)})" for k, v in changed.items() if k not in grown

@@ -31,7 +31,7 @@ from torch.utils.data import Dataset
 import fid
 import models
 from fid import ImageFiles, at_least, frechet_distance, gather, generated_stats, image_errors
-from losses import DCDLoss, LossMeter, PerceptualLoss, PixelLoss, gan_loss
+from losses import DCDLoss, LossMeter, PerceptualLoss, PixelLoss, discriminator_loss, generator_loss
 from models import InputError, PatchDiscriminator, ResnetGenerator, init_weights, processes, say, take_step
 
 NAME = "cyclegan_dcd"
@@ -99,7 +99,7 @@ def parse_args(argv):
     if args.freeze_teacher and not args.teacher:
         fail("--freeze-teacher needs --teacher FILE: an untrained teacher has nothing to teach")
     if args.d_fakes == "none" and not args.teacher:
-        fail("--d-fakes none needs a --teacher whose discriminator is trained")
+        fail("--d-fakes none needs a --teacher with its trained discriminator")
     if args.crop_size < 96 or args.crop_size % 4:
         fail(f"--crop-size is {args.crop_size}, expected a multiple of 4 from 96 on: D_T cannot read smaller maps")
     if args.load_size < args.crop_size:
@@ -129,7 +129,7 @@ def train(args, checkpoint):
     gather(None)  # wait for rank 0
     source, target = args.direction[0], args.direction[-1]
     sets = [ImageFiles(data / f"{phase}{domain}", True) for phase in ("train", "test") for domain in (source, target)]
-    data_facts = [files.survey(say, args.crop_size) for files in sets]
+    data_facts = gather([files.survey(say, args.crop_size) for files in sets] if rank == 0 else None)[0]
     dataset = UnpairedImages(*sets[:2], args.load_size, args.crop_size, args.seed)
     test_A, test_B = (TestImages(files, args.crop_size) for files in sets[2:])
     if args.eval_every and args.inception != "none" and min(map(len, sets[2:])) < 2:
@@ -149,7 +149,9 @@ def train(args, checkpoint):
     dcd_loss = DCDLoss(*tap_channels, 3, teacher_D.min_size) if args.distill == "dcd" else PixelLoss(*tap_channels)
     networks = dict(teacher_G=teacher_G, teacher_F=teacher_F, teacher_D=teacher_D, teacher_D_A=teacher_D_A)
     if args.teacher and not args.resume:
-        models.load_networks(args.teacher, networks, NAME)
+        trained = models.load_networks(args.teacher, networks, NAME)
+        if args.d_fakes == "none" and "teacher_D" not in trained:
+            raise InputError("--d-fakes none needs a --teacher with its trained discriminator")
     if args.student and not args.resume:
         models.load_networks([args.student], dict(student_G=student_G), NAME)
     networks |= dict(student_G=student_G, dcd_loss=dcd_loss)
@@ -159,8 +161,9 @@ def train(args, checkpoint):
     for net in networks.values():
         net.to(device, memory_format=torch.channels_last)
     models.share_weights(networks.values())
+    weights = dict(gan=args.lambda_gan, dcd=args.lambda_dcd, style=args.lambda_style, feature=args.lambda_feature)
     perceptual_loss = None
-    if args.lambda_style or args.lambda_feature:
+    if weights["style"] or weights["feature"]:
         perceptual_loss = PerceptualLoss(args.vgg).to(device, memory_format=torch.channels_last)
     inception = fid.load_inception(args.inception, device) if args.eval_every and args.inception != "none" else None
 
@@ -233,7 +236,8 @@ def train(args, checkpoint):
         # G_T and D_T learn at every n-th step: online, the ratio of the release's 40 student to 10 teacher epochs.
         teacher_step = step % args.teacher_every == 0
 
-        # Teacher generators: LSGAN, cycle consistency, identity. G(A), G(B) are one batch, F(B), F(A), F(G(A)) another.
+        # Teacher: L_LSGAN(D(G(x))) + L_LSGAN(D_A(F(y))) + lambda_cycle (|F(G(x)) - x| + |G(F(y)) - y|
+        # + lambda_identity (|F(x) - x| + |G(y) - y|)). G(x), G(y) are one batch, F(y), F(x), F(G(x)) another.
         teacher_D.requires_grad_(False)
         teacher_D_A.requires_grad_(False)
         if teacher_step and not args.freeze_teacher:
@@ -242,39 +246,36 @@ def train(args, checkpoint):
                 fake_B, idt_B = fakes.chunk(2)
                 fake_A, idt_A, rec_A = teacher_F(torch.cat([real_B, real_A, fake_B])).chunk(3)
                 rec_B = teacher_G(fake_A)
-                loss_gan = gan_loss(teacher_D(fake_B), True, "lsgan", False)
-                loss_gan = loss_gan + gan_loss(teacher_D_A(fake_A), True, "lsgan", False)
+                loss_gan = generator_loss(teacher_D(fake_B), "lsgan") + generator_loss(teacher_D_A(fake_A), "lsgan")
             loss_cycle = (rec_A - real_A).abs().mean() + (rec_B - real_B).abs().mean()
             loss_identity = (idt_A - real_A).abs().mean() + (idt_B - real_B).abs().mean()
             loss_G = loss_gan + args.lambda_cycle * (loss_cycle + args.lambda_identity * loss_identity)
             take_step(optimizers["teacher_G"], loss_G)
             meter.add(G_T_gan=loss_gan, G_T_cycle=loss_cycle, G_T_identity=loss_identity)
             # The same forward pass serves the distillation.
-            fake_A, fake_B, taps = fake_A.detach(), fake_B.detach(), [tap.detach().chunk(2)[0] for tap in taps]
+            fake_A, fake_B = fake_A.detach(), fake_B.detach()
+            teacher_taps = [tap.detach().chunk(2)[0] for tap in taps]
         else:
             with autocast(), torch.no_grad():
-                fake_B, taps = teacher_G(real_A, taps=True)
+                fake_B, teacher_taps = teacher_G(real_A, taps=True)
 
         # Student: L_S = lambda_gan L_GAN(D_T(G_S(x))) + lambda_dcd L_DCD + lambda_style L_style + lambda_feature L_f.
         # It stays in float32: bf16 in its residual blocks turns its gradient.
         terms = {}
         fake_S, student_taps = student_G(real_A, taps=True)
         with autocast():
-            if args.lambda_gan:
-                terms["gan"] = gan_loss(teacher_D(fake_S), True, "lsgan", False)
-            if args.lambda_dcd:
-                terms["dcd"] = dcd_loss(student_taps, taps, phi)
-            if args.lambda_style or args.lambda_feature:
-                style, feature = perceptual_loss(fake_S, fake_B, args.lambda_style > 0, args.lambda_feature > 0)
-                terms |= dict(style=style) if args.lambda_style else {}
-                terms |= dict(feature=feature) if args.lambda_feature else {}
-        weights = dict(gan=args.lambda_gan, dcd=args.lambda_dcd, style=args.lambda_style, feature=args.lambda_feature)
+            if weights["gan"]:
+                terms["gan"] = generator_loss(teacher_D(fake_S), "lsgan")
+            if weights["dcd"]:
+                terms["dcd"] = dcd_loss(student_taps, teacher_taps, phi)
+            if perceptual_loss:
+                terms |= perceptual_loss(fake_S, fake_B, [name for name in ("style", "feature") if weights[name]])
         take_step(optimizers["student_G"], sum(weights[name] * term for name, term in terms.items()))
         meter.add(**{f"G_S_{name}": term for name, term in terms.items()})
         if args.ema:
             models.update_ema(shown, networks["student_G"], 0.5 ** (global_batch / args.ema))
 
-        # Collaborative discriminator D_T: real images against the teacher's fakes and the student's, of equal weight.
+        # Collaborative discriminator D_T: E[(D_T(y) - 1)^2] + E[D_T(fake)^2], fakes of both generators alike.
         if teacher_step and args.d_fakes != "none":
             teacher_D.requires_grad_(True)
             teacher_D_A.requires_grad_(True)
@@ -283,10 +284,10 @@ def train(args, checkpoint):
                 fakes.append(pools["student_B"].query(fake_S.detach()))
             with autocast():
                 real, fake = teacher_D(torch.cat([real_B, *fakes])).tensor_split([len(real_B)])
-                losses = dict(D_T=(gan_loss(real, True, "lsgan") + gan_loss(fake, False, "lsgan")) / 2)
+                losses = dict(D_T=discriminator_loss(real, fake, "lsgan") / 2)
                 if not args.freeze_teacher:
                     real, fake = teacher_D_A(torch.cat([real_A, pools["teacher_A"].query(fake_A)])).chunk(2)
-                    losses["D_T_A"] = (gan_loss(real, True, "lsgan") + gan_loss(fake, False, "lsgan")) / 2
+                    losses["D_T_A"] = discriminator_loss(real, fake, "lsgan") / 2
             take_step(optimizers["teacher_D"], sum(losses.values()))
             meter.add(**losses)
 
@@ -499,14 +500,16 @@ FREE += "log_every sample_every save_every eval_every".split()
 def read_checkpoint(parser, argv):
     """OUT/checkpoint.pt -> (arguments completed from it, checkpoint).
 
-    FREE options may differ from the run's own, the budgets GROWING may be larger; anything else is refused.
+    FREE options may differ from the run's own, but no random features from trained ones; the budgets GROWING may be
+    larger; anything else is refused.
     """
     out = parser.parse_args(argv).out
     checkpoint = models.load_checkpoint(Path(out, "checkpoint.pt"), NAME)
     saved = checkpoint["args"] | dict(overwrite=False, out=out, max_steps=None)
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)
-    changed = {k: v for k, v in vars(args).items() if k not in FREE and v != saved.get(k)}
+    changed = {k: v for k, v in vars(args).items() if v != saved.get(k)}
+    changed = {k: v for k, v in changed.items() if k not in FREE or "random" in (v, saved.get(k))}
     grown = {k: v for k, v in changed.items() if k in GROWING and v > saved[k]}
     refused = [
         f"--{k.replace('_', '-')} {v} (the run has {saved.get(k)})" for k, v in changed.items() if k not in grown

@@ -32,7 +32,7 @@ from torch.utils.data import Dataset
 import fid
 import models
 from fid import ImageFiles, at_least, frechet_distance, gather, generated_stats, image_errors
-from losses import DCDLoss, LossMeter, PerceptualLoss, PixelLoss, gan_loss
+from losses import DCDLoss, LossMeter, PerceptualLoss, PixelLoss, discriminator_loss, generator_loss
 from models import InputError, PatchDiscriminator, ResnetGenerator, UnetGenerator, processes, say, take_step
 
 NAME = "pix2pix_dcd"
@@ -98,7 +98,7 @@ def parse_args(argv):
     if args.freeze_teacher and not args.teacher:
         fail("--freeze-teacher needs --teacher FILE: an untrained teacher has nothing to teach")
     if args.d_fakes == "none" and not args.teacher:
-        fail("--d-fakes none needs a --teacher whose discriminator is trained")
+        fail("--d-fakes none needs a --teacher with its trained discriminator")
     if ("unet" in args.teacher_arch) != ("unet" in args.student_arch):
         fail(f"{args.teacher_arch}, {args.student_arch}: taps of different sizes, choose two ResNets or two U-Nets")
     smallest, multiple = (256, 256) if args.student_arch == "unet_256" else (96, 4)
@@ -130,7 +130,7 @@ def train(args, checkpoint):
         write_toy_dataset(data)
     gather(None)  # wait for rank 0
     sets = [ImageFiles(data / phase, True) for phase in ("train", "val" if (data / "val").exists() else "test")]
-    data_facts = [check_pairs(files, args.crop_size) for files in sets]
+    data_facts = gather([check_pairs(files, args.crop_size) for files in sets] if rank == 0 else None)[0]
     dataset = PairedImages(sets[0], args.direction, args.load_size, args.crop_size, args.seed)
     test_pairs = TestPairs(sets[1], args.direction, args.crop_size)
     if args.eval_every and args.inception != "none" and len(sets[1]) < 2:
@@ -150,7 +150,9 @@ def train(args, checkpoint):
     dcd_loss = DCDLoss(*tap_channels, 6, teacher_D.min_size) if args.distill == "dcd" else PixelLoss(*tap_channels)
     networks = dict(teacher_G=teacher_G, teacher_D=teacher_D)
     if args.teacher and not args.resume:
-        models.load_networks(args.teacher, networks, NAME)
+        trained = models.load_networks(args.teacher, networks, NAME)
+        if args.d_fakes == "none" and "teacher_D" not in trained:
+            raise InputError("--d-fakes none needs a --teacher with its trained discriminator")
     if args.student and not args.resume:
         models.load_networks([args.student], dict(student_G=student_G), NAME)
     networks |= dict(student_G=student_G, dcd_loss=dcd_loss)
@@ -160,8 +162,9 @@ def train(args, checkpoint):
     for net in networks.values():
         net.to(device, memory_format=torch.channels_last)
     models.share_weights(networks.values())
+    weights = dict(gan=args.lambda_gan, dcd=args.lambda_dcd, style=args.lambda_style, feature=args.lambda_feature)
     perceptual_loss = None
-    if args.lambda_style or args.lambda_feature:
+    if weights["style"] or weights["feature"]:
         perceptual_loss = PerceptualLoss(args.vgg).to(device, memory_format=torch.channels_last)
     inception = fid.load_inception(args.inception, device) if args.eval_every and args.inception != "none" else None
 
@@ -235,25 +238,25 @@ def train(args, checkpoint):
         # One forward pass of either generator serves its own update, the distillation and the discriminator. The
         # student stays in float32: bf16 in its residual blocks turns its gradient.
         with autocast(), torch.set_grad_enabled(train_G):
-            fake_B, taps = teacher_G(real_A, taps=True)
+            fake_B, teacher_taps = teacher_G(real_A, taps=True)
         fake_S, student_taps = student_G(real_A, taps=True)
 
-        # Collaborative discriminator D_T: real pairs against the teacher's fakes and the student's, of equal weight.
+        # Collaborative discriminator D_T: E[max(0, 1 - D_T(x, y))] + E[max(0, 1 + D_T(x, fake))], fakes of both alike.
         if teacher_step and args.d_fakes != "none":
             teacher_D.requires_grad_(True)
             images = [real_B, fake_B.detach()] + ([fake_S.detach()] if args.d_fakes == "both" else [])
             with autocast():
                 logits = teacher_D(torch.cat([torch.cat([real_A, image], 1) for image in images]))
                 real, fake = logits.tensor_split([len(real_A)])
-                loss_D = (gan_loss(real, True, "hinge") + gan_loss(fake, False, "hinge")) / 2
+                loss_D = discriminator_loss(real, fake, "hinge") / 2
             take_step(optimizers["teacher_D"], loss_D)
             meter.add(D_T=loss_D)
 
-        # Teacher generator: hinge loss under the conditional discriminator, and L1 to the real image.
+        # Teacher: -E[D_T(x, G(x))] + lambda_l1 |G(x) - y|
         teacher_D.requires_grad_(False)
         if train_G:
             with autocast():
-                loss_gan = gan_loss(teacher_D(torch.cat([real_A, fake_B], 1)), True, "hinge", False)
+                loss_gan = generator_loss(teacher_D(torch.cat([real_A, fake_B], 1)), "hinge")
             loss_l1 = (fake_B - real_B).abs().mean()
             take_step(optimizers["teacher_G"], loss_gan + args.lambda_l1 * loss_l1)
             meter.add(G_T_gan=loss_gan, G_T_l1=loss_l1)
@@ -261,15 +264,12 @@ def train(args, checkpoint):
         # Student: L_S = lambda_gan L_GAN(D_T(x, G_S(x))) + lambda_dcd L_DCD + lambda_style L_style + lambda_feature L_f
         terms = {}
         with autocast():
-            if args.lambda_gan:
-                terms["gan"] = gan_loss(teacher_D(torch.cat([real_A, fake_S], 1)), True, "hinge", False)
-            if args.lambda_dcd:
-                terms["dcd"] = dcd_loss(student_taps, taps, phi)
-            if args.lambda_style or args.lambda_feature:
-                style, feature = perceptual_loss(fake_S, fake_B, args.lambda_style > 0, args.lambda_feature > 0)
-                terms |= dict(style=style) if args.lambda_style else {}
-                terms |= dict(feature=feature) if args.lambda_feature else {}
-        weights = dict(gan=args.lambda_gan, dcd=args.lambda_dcd, style=args.lambda_style, feature=args.lambda_feature)
+            if weights["gan"]:
+                terms["gan"] = generator_loss(teacher_D(torch.cat([real_A, fake_S], 1)), "hinge")
+            if weights["dcd"]:
+                terms["dcd"] = dcd_loss(student_taps, teacher_taps, phi)
+            if perceptual_loss:
+                terms |= perceptual_loss(fake_S, fake_B, [name for name in ("style", "feature") if weights[name]])
         take_step(optimizers["student_G"], sum(weights[name] * term for name, term in terms.items()))
         meter.add(**{f"G_S_{name}": term for name, term in terms.items()})
         if args.ema:
@@ -486,14 +486,16 @@ FREE += "log_every sample_every save_every eval_every".split()
 def read_checkpoint(parser, argv):
     """OUT/checkpoint.pt -> (arguments completed from it, checkpoint).
 
-    FREE options may differ from the run's own, the budgets GROWING may be larger; anything else is refused.
+    FREE options may differ from the run's own, but no random features from trained ones; the budgets GROWING may be
+    larger; anything else is refused.
     """
     out = parser.parse_args(argv).out
     checkpoint = models.load_checkpoint(Path(out, "checkpoint.pt"), NAME)
     saved = checkpoint["args"] | dict(overwrite=False, out=out, max_steps=None)
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)
-    changed = {k: v for k, v in vars(args).items() if k not in FREE and v != saved.get(k)}
+    changed = {k: v for k, v in vars(args).items() if v != saved.get(k)}
+    changed = {k: v for k, v in changed.items() if k not in FREE or "random" in (v, saved.get(k))}
     grown = {k: v for k, v in changed.items() if k in GROWING and v > saved[k]}
     refused = [
         f"--{k.replace('_', '-')} {v} (the run has {saved.get(k)})" for k, v in changed.items() if k not in grown

@@ -31,9 +31,9 @@ from PIL import Image, ImageDraw
 from torch.utils.data import Dataset
 
 import fid
-import losses
 import models
 from fid import ImageFiles, StoredSquares, at_least, frechet_distance, gather, generated_stats
+from losses import LossMeter, PathLengthPenalty, discriminator_loss, generator_loss, r1_penalty
 from models import InputError, StyleGAN2Discriminator, StyleGAN2Generator, processes, say, take_step
 
 NAME = "stylegan2_dgl"
@@ -130,7 +130,7 @@ def train(args, checkpoint):
         write_toy_dataset(data)
     gather(None)  # wait for rank 0
     files = ImageFiles(data, True)
-    data_facts = files.survey(say, args.size)
+    data_facts = gather(files.survey(say, args.size) if rank == 0 else None)[0]
     if args.eval_every and args.inception != "none" and len(files) < 2:
         raise InputError(f"{data}: a Fréchet distance needs two images; or --inception none")
 
@@ -152,7 +152,7 @@ def train(args, checkpoint):
     models.share_weights(networks.values())
     inception = fid.load_inception(args.inception, device) if args.eval_every and args.inception != "none" else None
 
-    # Stages: number, first step, the step after the last one; steps count through all stages
+    # Stages; steps count through them all
     global_batch = args.batch_size * world
 
     def stage_ends(options):
@@ -162,14 +162,14 @@ def train(args, checkpoint):
     last_step = min(ends[-1], args.max_steps or ends[-1])
     eval_steps = math.ceil(args.eval_every * 1000 / global_batch)
     ema_decay = 0.5 ** (global_batch / max(1000 * args.ema_kimg, 1e-8))
-    optimizers, meter, first_step = {}, losses.LossMeter(), 0
+    optimizers, meter, first_step = {}, LossMeter(), 0
     record = dict(best=math.inf, scores={}, evaluated=0)  # evaluated: the step of the last evaluation
 
     # Resume
     torch.manual_seed(args.seed + rank)
     if checkpoint:
         own = models.restore(checkpoint, out / "checkpoint.pt", networks)
-        first_step, meter = checkpoint["step"], losses.LossMeter(own["losses"])
+        first_step, meter = checkpoint["step"], LossMeter(own["losses"])
         record = {key: checkpoint[key] for key in record}
         if checkpoint["data"] != data_facts:
             say(f"warning: {data}: names or sizes of images have changed, the run is no longer the same bit for bit")
@@ -209,7 +209,8 @@ def train(args, checkpoint):
 
     say(f"{out}: steps {first_step} to {last_step} of {ends[-1]}, {len(files)} images, on {world} x {device}")
     if first_step >= last_step:
-        say(f"nothing is left to train; a larger --{' or --'.join(GROWING).replace('_', '-')} extends the run")
+        last = [name for name in GROWING if getattr(args, name)][-1]
+        say(f"nothing is left to train; a larger --{last.replace('_', '-')} extends the run")
     elif not checkpoint and args.stage2_kimg and not (args.stage1_kimg or args.student):
         say("stage 2 will start from random weights, which the paper found unstable: see --stage1-kimg and --student")
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -229,7 +230,7 @@ def train(args, checkpoint):
             for name, optimizer in optimizers.items():
                 optimizer.load_state_dict(checkpoint["optimizers"][name])
         if stage > 0:
-            networks.pop("teacher_g", None)  # has served
+            networks.pop("teacher_g", teacher["g"]).cpu()  # has served
         # torch.compile cannot differentiate twice: the penalties use the plain networks.
         synthesis, judge, teacher_judge = G.synthesis, D, teacher["d"]
         if args.compile:
@@ -244,37 +245,36 @@ def train(args, checkpoint):
             with autocast():
                 with torch.no_grad():
                     fake = synthesis(latents(G, args.batch_size, args))
-                loss_D = losses.discriminator_logistic_loss(judge(real), judge(fake))
+                loss_D = discriminator_loss(judge(real), judge(fake), "logistic")
             take_step(optimizers["D"], loss_D)
             meter.add(D=loss_D)
 
             # R1: gamma / 2 E[ |grad_y D(y)|^2 ], times the steps that it stands for; in bf16 its gradient would turn.
             if args.r1_gamma and (step - stage_start) % args.r1_every == 0:
                 real.requires_grad_(True)
-                loss_r1 = losses.r1_penalty(D(real), real)
+                loss_r1 = r1_penalty(D(real), real)
                 take_step(optimizers["D"], args.r1_gamma / 2 * args.r1_every * loss_r1)
                 meter.add(R1=loss_r1)
 
-            # Generator: E[ softplus(-D(G(z))) ], in stage 2 + lambda_dgl E[ softplus(-D_T(G(z))) ] (the paper's method)
+            # Generator: E[ softplus(-D(G(z))) ], in stage 2 + lambda_dgl E[ softplus(-D_T(G(z))) ], D_T being frozen
             D.requires_grad_(False)
             G.requires_grad_(True)
             with autocast():
                 fake = synthesis(latents(G, args.batch_size, args))
-                logits = judge(fake)
+                objective = loss_G = generator_loss(judge(fake), "logistic")
                 if stage == 2:
-                    teacher_logits = teacher_judge(fake)
-                    loss_G = losses.dgl_generator_loss(logits, teacher_logits, args.lambda_dgl)
-                    meter.add(G_dgl=losses.generator_logistic_loss(teacher_logits.detach()))
-                else:
-                    loss_G = losses.generator_logistic_loss(logits)
-            take_step(optimizers["G"], loss_G)
+                    loss_dgl = generator_loss(teacher_judge(fake), "logistic")
+                    objective = loss_G + args.lambda_dgl * loss_dgl
+                    meter.add(G_dgl=loss_dgl)
+            take_step(optimizers["G"], objective)
             meter.add(G=loss_G)
 
             # Path length: E[ (|J_w^T y| - a)^2 ] on half a batch
             if args.path_weight and (step - stage_start) % args.path_every == 0:
                 with autocast():
                     w = latents(G, max(1, args.batch_size // 2), args)
-                    loss_path = path_length(G.synthesis(w), w)
+                    fake = G.synthesis(w)
+                loss_path = path_length(fake, w)
                 take_step(optimizers["G"], args.path_weight * args.path_every * loss_path)
                 if world > 1:
                     dist.all_reduce(path_length.mean)
@@ -295,7 +295,7 @@ def train(args, checkpoint):
                 cut = done % args.log_every > 0 and not stage_over
                 models.log_step(args, entry, progress, meter.means(done), last_step, since, cut)
             if done % args.log_every == 0 or stage_over:
-                meter, since = losses.LossMeter(), (time.perf_counter(), done * global_batch)
+                meter, since = LossMeter(), (time.perf_counter(), done * global_batch)
             interrupted = time.perf_counter()
             if rank == 0 and args.sample_every and (done % args.sample_every == 0 or stage_over or last):
                 nets = dict(teacher=teacher["g_ema"]) if "g_ema" in known else {}
@@ -324,7 +324,7 @@ def build_pair(args, g_width, d_width):
         raise InputError(f"--size {args.size}: expected one of {', '.join(map(str, SIZES))}")
     G = StyleGAN2Generator(args.size, args.style_dim, args.n_mlp, args.channel_multiplier, g_width)
     D = StyleGAN2Discriminator(args.size, args.channel_multiplier, d_width)
-    return dict(g=G, d=D, g_ema=copy.deepcopy(G), path=losses.PathLengthPenalty(decay=0.01))
+    return dict(g=G, d=D, g_ema=copy.deepcopy(G), path=PathLengthPenalty(decay=0.01))
 
 
 def lazy_adam(net, lr, every):
@@ -518,14 +518,16 @@ FREE += "log_every sample_every save_every eval_every".split()
 def read_checkpoint(parser, argv):
     """OUT/checkpoint.pt -> (arguments completed from it, checkpoint).
 
-    FREE options may differ from the run's own, the budgets GROWING may be larger; anything else is refused.
+    FREE options may differ from the run's own, but no random features from trained ones; the budgets GROWING may be
+    larger; anything else is refused.
     """
     out = parser.parse_args(argv).out
     checkpoint = models.load_checkpoint(Path(out, "checkpoint.pt"), NAME)
     saved = checkpoint["args"] | dict(overwrite=False, out=out, max_steps=None)
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)
-    changed = {k: v for k, v in vars(args).items() if k not in FREE and v != saved.get(k)}
+    changed = {k: v for k, v in vars(args).items() if v != saved.get(k)}
+    changed = {k: v for k, v in changed.items() if k not in FREE or "random" in (v, saved.get(k))}
     grown = {k: v for k, v in changed.items() if k in GROWING and v > saved[k]}
     refused = [
         f"--{k.replace('_', '-')} {v} (the run has {saved.get(k)})" for k, v in changed.items() if k not in grown
