@@ -1301,7 +1301,7 @@ def translate_folder(net, source, target):
 
 @torch.inference_mode()
 def draw_samples(net, target, count, truncation, seed):
-    """Writes count pictures of a StyleGAN2 or BigGAN, and a grid of the first 64, into the folder target.
+    """Writes count pictures of a StyleGAN2 or BigGAN into the folder target, and beside it a grid of the first 64.
 
     truncation: StyleGAN2's w is moved to the mean so far; BigGAN's z has no entry beyond it, classes take turns.
     """
@@ -1322,8 +1322,9 @@ def draw_samples(net, target, count, truncation, seed):
             Path(target, f"{n:05d}.png")
         )
         print(f"{n + 1}/{count}", end="\r", flush=True)
-    save_grid(Path(target, "grid.png"), {f"truncation {truncation:g}, seed {seed}": torch.stack(images)}, 8)
-    print(f"{count} pictures and grid.png in {target}")
+    grid = Path(target).with_name(f"{Path(target).name}_grid.png")
+    save_grid(grid, {f"truncation {truncation:g}, seed {seed}": torch.stack(images)}, 8)
+    print(f"{count} pictures in {target}, the first in {grid}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
