@@ -1213,7 +1213,7 @@ def write_summary(args, step, teacher, student, inputs, scores):
         rows, out = compare(teacher, student, *inputs), Path(args.out)
         write_json(out / "summary.json", dict(steps=step, scores=scores) | rows)
         say("\n" + table(rows) + "".join(f"\n{name} {value:.4g}" for name, value in scores.items()))
-        made = "student.pt" if (out / "student.pt").exists() else "teacher.pt"
+        made = next(name for name in ("student.pt", "teacher.pt", "checkpoint.pt") if (out / name).exists())
         say(f"\ngenerator: {out / made}, pictures: {out / 'samples'}")
 
 

@@ -275,7 +275,8 @@ def train(args, checkpoint):
         if args.ema:
             models.update_ema(shown, networks["student_G"], 0.5 ** (global_batch / args.ema))
 
-        # Collaborative discriminator D_T: E[(D_T(y) - 1)^2] + E[D_T(fake)^2], fakes of both generators alike.
+        # Collaborative discriminator D_T: (E[(D_T(y) - 1)^2] + E[D_T(fake)^2]) / 2, fakes of both generators alike; and
+        # the teacher's D_A in the same way.
         if teacher_step and args.d_fakes != "none":
             teacher_D.requires_grad_(True)
             teacher_D_A.requires_grad_(True)
