@@ -130,7 +130,8 @@ class DCDLoss(nn.Module):
                 target = phi(torch.cat([x for x in teacher_maps if x.shape[2:] == size]))
             if not isinstance(target, torch.Tensor):
                 raise ValueError(f"phi returned a {type(target).__name__}, expected one tensor of features")
-            # Differentiate phi with respect to its input alone, and hang that gradient on the maps.
+            # Differentiate phi with respect to its input alone, and hang that gradient on the maps: so phi's parameters
+            # gather none, even if the caller has not frozen them.
             with torch.enable_grad():
                 leaf = ours.detach().requires_grad_()
                 distance = (phi(leaf).float() - target.float()).abs().mean()
