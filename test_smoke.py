@@ -947,7 +947,7 @@ def test_pictures_of_all_kinds(name, data, tmp_path, batches, capfd):
 
 
 @pytest.mark.parametrize("name", [name for name in SCRIPTS if "biggan" not in name])
-def test_moving_average(name, data, tmp_path):
+def test_moving_average(name, data, tmp_path, capfd):
     """ema = decay ema + (1 - decay) net, to a half-life in images, and it is what student.pt holds."""
     options = by_kind(name, "--ema 7", "--teacher-kimg 0 --stage2-kimg 0 --ema-kimg 0.007")
     run(name, data, tmp_path / "still", options, "--lr 0 --max-steps 1")
@@ -960,6 +960,8 @@ def test_moving_average(name, data, tmp_path):
     average = dict(models.load_generator(tmp_path / "out/student.pt").state_dict())
     torch.testing.assert_close(average, expected, rtol=1e-5, atol=1e-6)
     assert not same(average, dict(found)) and models.load_file(tmp_path / "out/student.pt")["average"] == 7
+    warned = "warning: --ema 7 is over a fifth of the run" in capfd.readouterr().out
+    assert warned == ("dcd" in name)
 
 
 @every_script

@@ -218,6 +218,8 @@ def train(args, checkpoint):
             record.update(best=min(distance, record["best"]), evaluated=step)
 
     say(f"{out}: steps {first_step} to {last_step} of {schedule_steps}, {epoch_steps} an epoch, on {world} x {device}")
+    if args.ema > schedule_steps * global_batch / 5:
+        say(f"warning: --ema {args.ema:g} is over a fifth of the run, the average keeps much of the random start")
     if first_step >= last_step:
         say("nothing is left to train; larger --epochs or --epochs-decay extend the run")
     for number in (signal.SIGINT, signal.SIGTERM):
