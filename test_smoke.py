@@ -965,10 +965,11 @@ def test_moving_average(name, data, tmp_path, capfd):
 
 
 @every_script
-def test_toy_data_and_overrides(name, tmp_path):
+def test_toy_data_and_overrides(name, tmp_path, capfd):
     module = MODULES[name]
     module.main([*f"--toy --out {tmp_path} --max-steps 1 --batch-size 3 --lr 0.5 --device cpu".split()])
     assert (module.TOY | dict(batch_size=3, lr=0.5)).items() <= saved_args(tmp_path).items()
+    assert Path(re.search(r"generator: (\S+),", capfd.readouterr().out)[1]).exists()
     assert len(list((tmp_path / "toy_data").rglob("*.png"))) >= 100 and len(list((tmp_path / "samples").iterdir())) == 1
 
 

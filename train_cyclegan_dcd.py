@@ -221,7 +221,7 @@ def train(args, checkpoint):
 
     say(f"{out}: steps {first_step} to {last_step} of {schedule_steps}, {epoch_steps} an epoch, on {world} x {device}")
     if args.ema > schedule_steps * global_batch / 5:
-        say(f"warning: --ema {args.ema:g} is over a fifth of the run, the average keeps much of the random start")
+        say(f"warning: --ema {args.ema:g} is over a fifth of the run, the average keeps much of its start")
     if first_step >= last_step:
         say("nothing is left to train; larger --epochs or --epochs-decay extend the run")
     for number in (signal.SIGINT, signal.SIGTERM):
