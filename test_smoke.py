@@ -1166,11 +1166,8 @@ def test_dgl_objective(name, data, tmp_path):
     options = f"--student {tmp_path}/first/teacher.pt --lr 0 --max-steps 1"
     options += dict(stylegan2_dgl=" --path-weight 0", biggan_dgl=f" --d-lr 0 {CHANNELS} --student-ch 2")[name]
     losses, gradients = [], []
-    for weight, file in (
-        (0, "teacher.pt"),
-        (1, "checkpoint.pt"),
-        (5, "teacher.pt"),
-    ):  # which bring their networks along
+    files = {0: "teacher.pt", 1: "checkpoint.pt", 5: "teacher.pt"}  # which bring their networks along
+    for weight, file in files.items():
         extra = f"--overwrite --teacher {tmp_path}/first/{file} --stage1-kimg 0 --teacher-kimg 0 --lambda-dgl {weight}"
         losses.append(run(name, data, tmp_path / "out", options, extra, networks=False)[0])
         moments = checkpoint(tmp_path / "out")["optimizers"]["G"]["state"].values()  # beta1 is 0
