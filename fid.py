@@ -858,11 +858,10 @@ def main(argv=None):
         if parallel:
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         run(args, device)
+        if parallel:
+            dist.destroy_process_group()
     except (InputError, OSError) as error:
         parser.error(str(error))
-    finally:
-        if parallel and dist.is_initialized():
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

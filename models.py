@@ -906,12 +906,12 @@ def ignore_signals(_worker):
 
 
 def end_processes():
-    """Leaves the process group and ends data loader workers, however this process ends."""
+    """Ends data loader workers, and leaves the process group, unless this process fails: NCCL waits for the others."""
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise for each
     for worker in multiprocessing.active_children():
         worker.kill()
-    if dist.is_available() and dist.is_initialized():
+    if sys.exc_info()[0] is None and processes()[1] > 1:
         dist.destroy_process_group()
 
 
@@ -1146,12 +1146,16 @@ def trained_options(path, script, role):
 
 
 def check_output(args):
-    """Raises InputError on rank 0 for an output folder that holds a run, or cannot be written, before anything is."""
-    out = Path(args.out).absolute()
+    """Raises InputError on rank 0, before anything is written, for an output folder that holds a run, cannot be
+    written, or holds the trained networks that the run is given and would replace."""
+    out = Path(args.out).resolve()
     if processes()[0] > 0:
         return
     if (out / "args.json").exists() and not (args.resume or args.overwrite):
         raise InputError(f"{args.out}: holds a run; go on with --resume, replace it with --overwrite, or choose --out")
+    for path in [*([args.teacher] if isinstance(args.teacher, str) else args.teacher or []), args.student or ""]:
+        if args.overwrite and Path(path).resolve().parent == out:
+            raise InputError(f"{path}: lies in {args.out}, which --overwrite empties; choose another --out")
     existing = next(path for path in (out, *out.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise InputError(f"{args.out}: cannot be written, {existing} is no folder or is write-protected")
@@ -1168,7 +1172,7 @@ def open_output(args, checkpoint, goes_on):
     (out / "samples").mkdir(parents=True, exist_ok=True)
     if args.overwrite:
         names = "checkpoint.pt student.pt best_student.pt teacher.pt stage1.pt stage2.pt log.jsonl summary.json"
-        for old in (*(out / name for name in names.split()), *out.glob("samples/*.png"), *out.glob("squares_*.npy")):
+        for old in (*(out / name for name in names.split()), *out.glob("samples/*.png"), *out.glob("squares_*.npy*")):
             old.unlink(missing_ok=True)
     if args.resume and goes_on and (out / "log.jsonl").exists():
         whole = [line for line in (out / "log.jsonl").read_text().splitlines(keepends=True) if line.endswith("}\n")]

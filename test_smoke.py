@@ -769,6 +769,7 @@ def test_runs_are_kept(name, data, tmp_path, quick_inception, capsys):
         ("", "holds a run"),
         ("--resume --seed 3", "--seed 3 (the run has 0)"),
         ("--resume --overwrite", "not allowed with"),
+        (f"--overwrite --{by_kind(name, 'teacher', 'student')} {tmp_path}/checkpoint.pt", "choose another --out"),
         ("--resume --teacher other.pt", "(the run has None)"),
         ("--resume --inception random", "--inception random (the run has auto)"),
     ):
@@ -962,6 +963,21 @@ def test_moving_average(name, data, tmp_path, capfd):
     assert not same(average, dict(found)) and models.load_file(tmp_path / "out/student.pt")["average"] == 7
     warned = "warning: --ema 7 is over a fifth of the run" in capfd.readouterr().out
     assert warned == ("dcd" in name)
+
+
+@every_script
+def test_compiled_steps(name, data, tmp_path, monkeypatch):
+    """What torch.compile captures, forward and backward, computes the same; executed here without a compiler."""
+    captured, aot_eager = [], torch._dynamo.lookup_backend("aot_eager")
+
+    def backend(*args, **options):
+        captured.append(args)
+        return aot_eager(*args, **options)
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    options = by_kind(name, "--max-steps 2", "")
+    plain, compiled = (run(name, data, tmp_path / f"run{flag}", options, flag) for flag in ("", "--compile"))
+    assert captured and compiled == [pytest.approx(line, rel=1e-2) for line in plain]
 
 
 @every_script
