@@ -1153,7 +1153,7 @@ def check_output(args):
         return
     if (out / "args.json").exists() and not (args.resume or args.overwrite):
         raise InputError(f"{args.out}: holds a run; go on with --resume, replace it with --overwrite, or choose --out")
-    for path in [*([args.teacher] if isinstance(args.teacher, str) else args.teacher or []), args.student or ""]:
+    for path in filter(None, [*np.ravel(args.teacher), args.student]):
         if args.overwrite and Path(path).resolve().parent == out:
             raise InputError(f"{path}: lies in {args.out}, which --overwrite empties; choose another --out")
     existing = next(path for path in (out, *out.parents) if path.exists())

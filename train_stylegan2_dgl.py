@@ -8,7 +8,7 @@ which is unstable from random weights. With --student-width 1 the method improve
     python train_stylegan2_dgl.py --toy                                                # no data needed, minutes
     python train_stylegan2_dgl.py --data images/ --size 256 --mirror --teacher ffhq.pt # stages 1 and 2
     python train_stylegan2_dgl.py --data images.zip --size 256 --mirror                # stages 0, 1 and 2
-    python train_stylegan2_dgl.py --data images/ --mirror --teacher ffhq.pt --student stage1.pt   # stage 2
+    python train_stylegan2_dgl.py --data images/ --mirror --teacher ffhq.pt --student stage1.pt # stage 2
     torchrun --nproc_per_node 8 train_stylegan2_dgl.py --data images/ --mirror --teacher ffhq.pt --batch-size 4
     python train_stylegan2_dgl.py --out runs/stylegan2_dgl_images --resume
 """
