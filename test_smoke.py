@@ -514,12 +514,14 @@ def test_adversarial_losses():
 
 def test_dcd_loss():
     """Values and gradients are in test_first_step. Here: small taps, equal ones, what its gradient leaves alone."""
-    discriminator, loss, seen = PatchDiscriminator(3, ndf=8), DCDLoss([4] * 4, [4] * 4, 3), []
-    taps = [torch.randn(2, 4, size, size, requires_grad=True) for size in (16, 48, 48, 16)]
+    discriminator, loss, seen = PatchDiscriminator(3, ndf=8).requires_grad_(False), DCDLoss([4] * 4, [4] * 4, 3), []
+    taps = [torch.randn(2, 4, size, size, requires_grad=True) for size in (16, 24, 48, 64)]
     others = [torch.randn_like(tap, requires_grad=True) for tap in taps]
     loss(taps, others, lambda maps: seen.append(maps) or discriminator.features(maps)).backward()
-    assert sorted(tuple(maps.shape) for maps in seen) == [(4, 3, 32, 32)] * 2 + [(4, 3, 48, 48)] * 2
-    assert all(torch.equal(maps[:, :, ::2, ::2], maps[:, :, 1::2, 1::2]) for maps in seen if maps.shape[2] == 32)
+    assert [tuple(maps.shape) for maps in seen[::2]] == [(2, 3, size, size) for size in (64, 72, 96, 64)]
+    for maps, factor in zip(seen, (4, 4, 3, 3, 2, 2), strict=False):
+        small = maps[:, :, ::factor, ::factor]
+        assert torch.equal(maps, small.repeat_interleave(factor, 2).repeat_interleave(factor, 3))
     trained = [*taps, *loss.student_connectors.parameters()]
     frozen = [*others, *discriminator.parameters(), *loss.teacher_connectors.parameters()]
     assert all(p.grad.abs().sum() > 0 for p in trained) and all(p.grad is None for p in frozen)
@@ -530,7 +532,15 @@ def test_dcd_loss():
         message = f"_taps: expected a list of 4 maps, found {found}"
         fails("student" + message, loss, wrong, taps, discriminator.features)
         fails("teacher" + message, loss, taps, wrong, discriminator.features)
-    fails("phi returned a list, expected one tensor", loss, taps, taps, lambda maps: [maps])
+
+
+def test_the_papers_taps_are_not_enlarged():
+    discriminator, G = PatchDiscriminator(ndf=4), ResnetGenerator(ngf=2, separable=True)
+    loss = DCDLoss(G.tap_channels, G.tap_channels)
+    (_, a), (_, b) = (G(torch.rand(1, 3, 256, 256), taps=True) for _ in range(2))
+    value = loss(a, b, discriminator.features)
+    loss.tap_size = 24
+    assert torch.equal(loss(a, b, discriminator.features), value) and value > 1e-3
 
 
 def test_pixel_loss_is_plain_feature_matching():
@@ -856,7 +866,8 @@ all | --teacher {bad}/file | not a checkpoint
 all | --teacher {bad}/code.pt | only plain tensors are loaded
 all | --teacher {bad}/script.pt | script.pt: a checkpoint of train_other.py, expected one of train_
 all | --student {bad}/script.pt | script.pt: a checkpoint of train_other.py, expected one of train_
-dcd | --crop-size 98 | multiple of 4 from 96 on
+dcd | --crop-size 98 | multiple of 4 from 24 on
+dcd | --tap-size 20 | --tap-size
 dcd | --load-size 90 | smaller than --crop-size
 dcd | --teacher {bad}/other.pt | has shape (2, 3, 7, 7), expected (4, 3, 7, 7)
 dcd | --vgg {bad}/other.pt --lambda-style 1 | other.pt

@@ -49,7 +49,7 @@ def parse_args(argv):
     at = parser.add_argument_group("data").add_argument
     at("--data", metavar="FOLDER", help="holds trainA/ trainB/ testA/ testB/")
     at("--direction", choices=("AtoB", "BtoA"), default="AtoB", help="which domain is translated into which")
-    at("--crop-size", type=at_least(1), default=256, help="random crops for training, pixels: 96 or more, in fours")
+    at("--crop-size", type=at_least(1), default=256, help="random crops for training, pixels: 24 or more, in fours")
     at("--load-size", type=at_least(1), help="images are first resized to this square; 286/256 of --crop-size")
     at("--toy", action="store_true", help="small networks on a synthetic data set: plain to striped objects")
     at = parser.add_argument_group("networks").add_argument
@@ -64,6 +64,7 @@ def parse_args(argv):
     at("--vgg", default="auto", help="VGG16 of the perceptual loss: auto (is downloaded), random, or a weight file")
     at = parser.add_argument_group("method").add_argument
     at("--distill", choices=("dcd", "pixel"), default="dcd", help="feature maps: through D_T, or pixel by pixel")
+    at("--tap-size", type=at_least(24), default=64, help="smaller feature maps are enlarged for D_T, pixels; 24: as is")
     at("--teacher-every", type=at_least(1), default=4, help="student steps per step of G_T and D_T")
     fakes = ("both", "teacher", "none")
     at("--d-fakes", choices=fakes, default="both", help="what D_T learns from; release: teacher; none: it is frozen")
@@ -100,8 +101,8 @@ def parse_args(argv):
         fail("--freeze-teacher needs --teacher FILE: an untrained teacher has nothing to teach")
     if args.d_fakes == "none" and not args.teacher:
         fail("--d-fakes none needs a --teacher with its trained discriminator")
-    if args.crop_size < 96 or args.crop_size % 4:
-        fail(f"--crop-size is {args.crop_size}, expected a multiple of 4 from 96 on: D_T cannot read smaller maps")
+    if args.crop_size < 24 or args.crop_size % 4:
+        fail(f"--crop-size is {args.crop_size}, expected a multiple of 4 from 24 on: D_T cannot read smaller images")
     if args.load_size < args.crop_size:
         fail(f"--load-size {args.load_size} is smaller than --crop-size {args.crop_size}")
     return args, checkpoint
@@ -146,7 +147,9 @@ def train(args, checkpoint):
     student_G = init_weights(build_generator(args.student_arch, args.student_ngf))
     # Taps, the feature maps that are compared: the entry of the residual blocks and the outputs of blocks 3, 6 and 9.
     tap_channels = student_G.tap_channels, teacher_G.tap_channels
-    dcd_loss = DCDLoss(*tap_channels, 3, teacher_D.min_size) if args.distill == "dcd" else PixelLoss(*tap_channels)
+    dcd_loss = PixelLoss(*tap_channels)
+    if args.distill == "dcd":
+        dcd_loss = DCDLoss(*tap_channels, 3, args.tap_size)
     networks = dict(teacher_G=teacher_G, teacher_F=teacher_F, teacher_D=teacher_D, teacher_D_A=teacher_D_A)
     if args.teacher and not args.resume:
         trained = models.load_networks(args.teacher, networks, NAME)

@@ -50,7 +50,7 @@ def parse_args(argv):
     at = parser.add_argument_group("data").add_argument
     at("--data", metavar="FOLDER", help="holds train/ and val/ or test/, A left of B in each image")
     at("--direction", choices=("AtoB", "BtoA"), default="AtoB", help="which domain is translated into which")
-    at("--crop-size", type=at_least(1), default=256, help="random crops, pixels: 96 or more, in fours; U-Net: 256 ..")
+    at("--crop-size", type=at_least(1), default=256, help="random crops, pixels: 24 or more, in fours; U-Net: 256 ..")
     at("--load-size", type=at_least(1), help="images are first resized to this square; 286/256 of --crop-size")
     at("--toy", action="store_true", help="small networks on a synthetic data set: drawings to solid shapes")
     at = parser.add_argument_group("networks").add_argument
@@ -65,6 +65,7 @@ def parse_args(argv):
     at("--vgg", default="auto", help="VGG16 of the perceptual loss: auto (is downloaded), random, or a weight file")
     at = parser.add_argument_group("method").add_argument
     at("--distill", choices=("dcd", "pixel"), default="dcd", help="feature maps: through D_T, or pixel by pixel")
+    at("--tap-size", type=at_least(24), default=64, help="smaller feature maps are enlarged for D_T, pixels; 24: as is")
     at("--teacher-every", type=at_least(1), default=1, help="student steps per step of G_T and D_T")
     fakes = ("both", "teacher", "none")
     at("--d-fakes", choices=fakes, default="both", help="what D_T learns from; release: teacher; none: it is frozen")
@@ -101,9 +102,9 @@ def parse_args(argv):
         fail("--d-fakes none needs a --teacher with its trained discriminator")
     if ("unet" in args.teacher_arch) != ("unet" in args.student_arch):
         fail(f"{args.teacher_arch}, {args.student_arch}: taps of different sizes, choose two ResNets or two U-Nets")
-    smallest, multiple = (256, 256) if args.student_arch == "unet_256" else (96, 4)
+    smallest, multiple = (256, 256) if args.student_arch == "unet_256" else (24, 4)
     if args.crop_size < smallest or args.crop_size % multiple:
-        fail(f"--crop-size is {args.crop_size}: D_T can read the maps of a multiple of {multiple} from {smallest} on")
+        fail(f"--crop-size is {args.crop_size}: expected a multiple of {multiple} from {smallest} on")
     if args.load_size < args.crop_size:
         fail(f"--load-size {args.load_size} is smaller than --crop-size {args.crop_size}")
     return args, checkpoint
@@ -147,7 +148,9 @@ def train(args, checkpoint):
     student_G = models.init_weights(build_generator(args.student_arch, args.student_ngf))
     # Taps are the four feature maps that are compared, see the generators' forward.
     tap_channels = student_G.tap_channels, teacher_G.tap_channels
-    dcd_loss = DCDLoss(*tap_channels, 6, teacher_D.min_size) if args.distill == "dcd" else PixelLoss(*tap_channels)
+    dcd_loss = PixelLoss(*tap_channels)
+    if args.distill == "dcd":
+        dcd_loss = DCDLoss(*tap_channels, 6, args.tap_size)
     networks = dict(teacher_G=teacher_G, teacher_D=teacher_D)
     if args.teacher and not args.resume:
         trained = models.load_networks(args.teacher, networks, NAME)
