@@ -1,9 +1,10 @@
-"""Losses of the two papers.
+"""Losses of the two papers, and how an update is taken.
 
+    DCDLoss, PixelLoss                          DCD (arXiv 2212.14169), and the plain feature matching it argues against
     generator_loss, discriminator_loss          adversarial: least squares, hinge, logistic
-    DCDLoss, PixelLoss, PerceptualLoss          DCD (arXiv 2212.14169)
+    PerceptualLoss                              DCD's style and feature terms, in VGG16
     r1_penalty, PathLengthPenalty               StyleGAN2 (arXiv 1912.04958)
-    LossMeter                                   running means for the log
+    take_step, update_ema, LossMeter            one update, on any number of processes
 
 DGL-GAN's objective (arXiv 2112.06502) is two generator losses: generator_loss(D_S(fake), mode) + lambda_dgl *
 generator_loss(D_T(fake), mode). Every loss is computed in float32, also under autocast.
@@ -20,45 +21,6 @@ from torchvision.models.vgg import cfgs, make_layers
 
 from fid import fetch_weights
 from models import load_file, load_weights, processes
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Adversarial losses
-
-
-def generator_loss(logits, mode):
-    """What a generator makes small, given a discriminator's logits of its images, of any shape -> the mean, a scalar.
-
-    "lsgan": E[(D(G) - 1)^2]    "hinge": -E[D(G)]    "logistic", non-saturating: E[softplus(-D(G))]
-
-    Raises ValueError for another mode.
-    """
-    logits = logits.float()
-    if mode == "lsgan":
-        return (logits - 1).square().mean()
-    if mode == "hinge":
-        return -logits.mean()
-    if mode == "logistic":
-        return F.softplus(-logits).mean()
-    raise ValueError(f"mode is {mode!r}, expected 'lsgan', 'hinge' or 'logistic'")
-
-
-def discriminator_loss(real_logits, fake_logits, mode):
-    """What a discriminator makes small, given its logits of real images y and generated ones, of any shape -> scalar.
-
-    "lsgan": E[(D(y) - 1)^2] + E[D(G)^2]    "hinge": E[max(0, 1 - D(y))] + E[max(0, 1 + D(G))]
-    "logistic": E[softplus(-D(y))] + E[softplus(D(G))]
-
-    Raises ValueError for another mode.
-    """
-    real, fake = real_logits.float(), fake_logits.float()
-    if mode == "lsgan":
-        return (real - 1).square().mean() + fake.square().mean()
-    if mode == "hinge":
-        return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
-    if mode == "logistic":
-        return F.softplus(-real).mean() + F.softplus(fake).mean()
-    raise ValueError(f"mode is {mode!r}, expected 'lsgan', 'hinge' or 'logistic'")
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # DCD
@@ -117,10 +79,10 @@ class DCDLoss(nn.Module):
         The gradient reaches the student's taps and connectors, not the teacher's. Raises ValueError for taps that are
         no list of as many maps as there are connectors.
         """
-        for name, taps in (("student_taps", student_taps), ("teacher_taps", teacher_taps)):
-            if not isinstance(taps, (list, tuple)) or len(taps) != len(self.student_connectors):
-                found = f"{len(taps)} maps" if isinstance(taps, (list, tuple)) else f"a {type(taps).__name__}"
-                raise ValueError(f"{name}: expected a list of {len(self.student_connectors)} maps, found {found}")
+        count = len(self.student_connectors)
+        for taps in (student_taps, teacher_taps):
+            if not isinstance(taps, (list, tuple)) or len(taps) != count:
+                raise ValueError(f"expected a list of {count} taps, found {type(taps).__name__} of {len(taps)}")
         loss = 0.0
         for i, (student_tap, teacher_tap) in enumerate(zip(student_taps, teacher_taps, strict=True)):
             student_features = phi(self.enlarge(self.student_connectors[i](student_tap)))
@@ -138,12 +100,60 @@ class PixelLoss(nn.Module):
 
     def __init__(self, student_channels, teacher_channels):
         super().__init__()
-        pairs = zip(student_channels, teacher_channels, strict=True)
-        self.student_connectors = nn.ModuleList(nn.Conv2d(ours, theirs, 1) for ours, theirs in pairs)
+        channels = zip(student_channels, teacher_channels, strict=True)
+        self.student_connectors = nn.ModuleList(nn.Conv2d(narrow, wide, 1) for narrow, wide in channels)
 
     def forward(self, student_taps, teacher_taps, _phi=None):
-        triples = zip(self.student_connectors, student_taps, teacher_taps, strict=True)
-        return sum((connector(f) - g.detach()).float().abs().mean() for connector, f, g in triples)
+        loss = 0.0
+        for connector, student_tap, teacher_tap in zip(
+            self.student_connectors, student_taps, teacher_taps, strict=True
+        ):
+            difference = connector(student_tap) - teacher_tap.detach()
+            loss = loss + difference.float().abs().mean()
+        return loss
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Adversarial losses
+
+
+def generator_loss(logits, mode):
+    """What a generator makes small, given a discriminator's logits of its images, of any shape -> the mean, a scalar.
+
+    "lsgan": E[(D(G) - 1)^2]    "hinge": -E[D(G)]    "logistic", non-saturating: E[softplus(-D(G))]
+
+    Raises ValueError for another mode.
+    """
+    logits = logits.float()
+    if mode == "lsgan":
+        return (logits - 1).square().mean()
+    if mode == "hinge":
+        return -logits.mean()
+    if mode == "logistic":
+        return F.softplus(-logits).mean()
+    raise ValueError(f"mode is {mode!r}, expected 'lsgan', 'hinge' or 'logistic'")
+
+
+def discriminator_loss(real_logits, fake_logits, mode):
+    """What a discriminator makes small, given its logits of real images y and generated ones, of any shape -> scalar.
+
+    "lsgan": E[(D(y) - 1)^2] + E[D(G)^2]    "hinge": E[max(0, 1 - D(y))] + E[max(0, 1 + D(G))]
+    "logistic": E[softplus(-D(y))] + E[softplus(D(G))]
+
+    Raises ValueError for another mode.
+    """
+    real, fake = real_logits.float(), fake_logits.float()
+    if mode == "lsgan":
+        return (real - 1).square().mean() + fake.square().mean()
+    if mode == "hinge":
+        return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
+    if mode == "logistic":
+        return F.softplus(-real).mean() + F.softplus(fake).mean()
+    raise ValueError(f"mode is {mode!r}, expected 'lsgan', 'hinge' or 'logistic'")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Perceptual loss
 
 
 class PerceptualLoss(nn.Module):
@@ -176,17 +186,17 @@ class PerceptualLoss(nn.Module):
             load_weights(self.features, {k: state_dict[k] for k in self.features.state_dict() if k in state_dict}, path)
         self.requires_grad_(False)
 
-    def forward(self, images, targets, terms=("style", "feature")):
-        """(N, 3, H, W) in [-1, 1], twice -> {term: scalar} of those asked for. The gradient reaches images alone."""
+    def forward(self, images, targets):
+        """(N, 3, H, W) in [-1, 1], twice -> (style, feature), two scalars. The gradient reaches images alone."""
         x, y = (images + 1) / 2, (targets.detach() + 1) / 2
-        found = dict.fromkeys(terms, 0.0)
-        for index, layer in enumerate(self.features if "style" in terms else self.features[: self.relu2_2 + 1]):
+        style = 0.0
+        for index, layer in enumerate(self.features):
             x, y = layer(x), layer(y)
-            if "style" in terms and index in (self.relu1_2, self.relu2_2, self.relu3_3, self.relu4_3):
-                found["style"] = found["style"] + (gram_matrix(x) - gram_matrix(y)).abs().mean()
-            if "feature" in terms and index == self.relu2_2:
-                found["feature"] = (x.float() - y.float()).abs().mean()
-        return found
+            if index in (self.relu1_2, self.relu2_2, self.relu3_3, self.relu4_3):
+                style = style + (gram_matrix(x) - gram_matrix(y)).abs().mean()
+            if index == self.relu2_2:
+                feature = (x.float() - y.float()).abs().mean()
+        return style, feature
 
 
 def gram_matrix(x):
@@ -226,21 +236,63 @@ class PathLengthPenalty(nn.Module):
         self.register_buffer("mean", torch.zeros(()))
 
     def forward(self, images, latents):
-        """images (N, 3, H, W) computed from latents (N, layers, style_dim) -> scalar; moves the running mean."""
+        """images (N, 3, H, W) computed from latents (N, layers, style_dim) -> (penalty, mean length), two scalars."""
         noise = torch.randn_like(images) / math.sqrt(images.shape[2] * images.shape[3])
         (gradient,) = torch.autograd.grad((images * noise).sum(), latents, create_graph=True)
         lengths = gradient.square().sum(2).mean(1).sqrt()
         mean = self.mean.lerp(lengths.mean(), self.decay)
-        self.mean.copy_(mean.detach())
-        return (lengths - mean).square().mean()
+        return (lengths - mean).square().mean(), lengths.mean().detach()
+
+    def move(self, length):
+        """Moves the running mean, once a step, towards the mean length over the processes; every process calls it."""
+        if processes()[1] > 1:
+            dist.all_reduce(length)
+            length = length / processes()[1]
+        self.mean.lerp_(length, self.decay)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# For the log
+# One update
+
+
+def take_step(optimizer, loss):
+    """One step of the optimiser down the gradient of loss, averaged over the processes."""
+    optimizer.zero_grad()
+    loss.backward()
+    finish_step(optimizer)
+
+
+def finish_step(optimizer):
+    """One step of the optimiser down the gradients that have been gathered, averaged over the processes."""
+    average_gradients(optimizer)
+    optimizer.step()
+
+
+def average_gradients(optimizer):
+    """Replaces the gradients of the optimiser's parameters by their mean over the processes."""
+    world = processes()[1]
+    if world == 1:
+        return
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    flat = torch.cat([p.grad.flatten() for p in parameters])
+    dist.all_reduce(flat)
+    flat /= world
+    for p, mean in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        p.grad.copy_(mean.view_as(p))
+
+
+@torch.no_grad()
+def update_ema(ema, net, decay, buffers=False):
+    """Moves the parameters, and buffers, of a moving average towards net's: ema = decay * ema + (1 - decay) * net."""
+    if buffers:
+        averages, values = ema.state_dict(), net.state_dict()
+    else:
+        averages, values = dict(ema.named_parameters()), dict(net.named_parameters())
+    torch._foreach_lerp_(list(averages.values()), list(values.values()), 1 - decay)
 
 
 class LossMeter:
-    """Running means of named losses; the sums stay on the device until they are read."""
+    """Running means of named losses, for the log; the sums stay on the device until they are read."""
 
     def __init__(self, sums=()):
         self.sums = dict(sums)  # name: (sum, count)
@@ -251,17 +303,17 @@ class LossMeter:
             self.sums[name] = total + loss.detach(), count + 1
 
     def state(self):
-        """The sums as plain numbers, LossMeter(state) goes on from them."""
+        """The sums as plain numbers: LossMeter(state) goes on from them."""
         return {name: (float(total), count) for name, (total, count) in self.sums.items()}
 
-    def means(self, step):
+    def means(self):
         """{name: mean over steps and processes}; SystemExit when one is not finite. Every process calls it."""
         means = torch.tensor([float(total) / count for total, count in self.sums.values()])
         if processes()[1] > 1:
             dist.all_reduce(means)
             means /= processes()[1]
         means = dict(zip(self.sums, means.tolist(), strict=True))
-        bad = [name for name, mean in means.items() if not math.isfinite(mean)]
-        if bad:
-            raise SystemExit(f"error: diverged at step {step}, not finite: {', '.join(bad)}; the last checkpoint stays")
+        for name, mean in means.items():
+            if not math.isfinite(mean):
+                raise SystemExit(f"error: diverged, the loss {name} is {mean}; the last checkpoint stays")
         return means

@@ -18,6 +18,7 @@ imports nothing from the rest of the project: copy it beside a student.pt to use
 import argparse
 import contextlib
 import ctypes
+import io
 import json
 import math
 import multiprocessing
@@ -41,13 +42,6 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.utils import make_grid
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Leaves a docstring's lines as they are, and names the default of each option that has one."""
-
-    def _get_help_string(self, action):
-        return action.help if action.default is None or action.const else super()._get_help_string(action)
 
 
 class InputError(ValueError):
@@ -266,6 +260,7 @@ class PatchDiscriminator(nn.Module):
 
     def __init__(self, in_channels=3, ndf=64, n_layers=3, norm="instance"):
         super().__init__()
+        self.config = dict(in_channels=in_channels, ndf=ndf, n_layers=n_layers, norm=norm)
         bias = norm == "instance"
         layers = [nn.Conv2d(in_channels, ndf, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         channels = ndf
@@ -348,14 +343,16 @@ class EqualConv2d(nn.Module):
 
 
 class BiasLeakyReLU(nn.Module):
-    """Adds a bias per channel, leaky ReLU, and the gain sqrt(2) that keeps the variance."""
+    """Adds a bias per channel, leaky ReLU, the gain sqrt(2) that keeps the variance; then within -clamp..clamp."""
 
-    def __init__(self, channels):
+    def __init__(self, channels, clamp=None):
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(channels))
+        self.clamp = clamp
 
     def forward(self, x):
-        return F.leaky_relu(x + self.bias.to(x.dtype).view(1, -1, 1, 1), 0.2) * math.sqrt(2)
+        x = F.leaky_relu(x + self.bias.to(x.dtype).view(1, -1, 1, 1), 0.2) * math.sqrt(2)
+        return x if self.clamp is None else x.clamp(-self.clamp, self.clamp)
 
 
 class Blur(nn.Module):
@@ -422,11 +419,11 @@ class NoiseInjection(nn.Module):
 
 
 class StyledConv(nn.Module):
-    def __init__(self, in_channels, out_channels, style_dim, upsample=False):
+    def __init__(self, in_channels, out_channels, style_dim, upsample=False, clamp=None):
         super().__init__()
         self.conv = ModulatedConv2d(in_channels, out_channels, 3, style_dim, upsample=upsample)
         self.noise = NoiseInjection()
-        self.activate = BiasLeakyReLU(out_channels)
+        self.activate = BiasLeakyReLU(out_channels, clamp)
 
     def forward(self, x, style, noise):
         return self.activate(self.noise(self.conv(x, style), noise))
@@ -435,15 +432,18 @@ class StyledConv(nn.Module):
 class ToRGB(nn.Module):
     """1x1 convolution to RGB, added in float32 to the upsampled RGB of the resolution below (skip generator)."""
 
-    def __init__(self, in_channels, style_dim, upsample=True):
+    def __init__(self, in_channels, style_dim, upsample=True, clamp=None):
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(1, 3, 1, 1))
+        self.clamp = clamp
         self.conv = ModulatedConv2d(in_channels, 3, 1, style_dim, demodulate=False)
         if upsample:
             self.upsample = Blur(padding=1, stride=2, gain=4.0, upsample=True)
 
     def forward(self, x, style, skip=None):
         rgb = self.conv(x, style).float() + self.bias
+        if self.clamp is not None:
+            rgb = rgb.clamp(-self.clamp, self.clamp)
         return rgb if skip is None else rgb + self.upsample(skip)
 
 
@@ -469,26 +469,27 @@ class StyleGAN2Generator(nn.Module):
         style_dim: width of z, w and the mapping network.
         n_mlp: layers of the mapping network.
         width: factor on every channel count of the synthesis network; 0.5 is DGL-GAN's half-width student.
+        conv_clamp: limit of what a layer gives, after its activation, on both sides of 0; None: no limit.
     """
 
-    def __init__(self, size, style_dim=512, n_mlp=8, channel_multiplier=2, width=1.0):
+    def __init__(self, size, style_dim=512, n_mlp=8, channel_multiplier=2, width=1.0, conv_clamp=None):
         super().__init__()
         self.config = dict(size=size, style_dim=style_dim, n_mlp=n_mlp)
-        self.config |= dict(channel_multiplier=channel_multiplier, width=width)
+        self.config |= dict(channel_multiplier=channel_multiplier, width=width, conv_clamp=conv_clamp)
         channels = stylegan2_channels(size, channel_multiplier, width)
         self.style_dim = style_dim
         mapping = [EqualLinear(style_dim, style_dim, lr_multiplier=0.01, activate=True) for _ in range(n_mlp)]
         self.style = nn.Sequential(PixelNorm(), *mapping)
         self.input = ConstantInput(channels[4])
-        self.conv1 = StyledConv(channels[4], channels[4], style_dim)
-        self.to_rgb1 = ToRGB(channels[4], style_dim, upsample=False)
+        self.conv1 = StyledConv(channels[4], channels[4], style_dim, clamp=conv_clamp)
+        self.to_rgb1 = ToRGB(channels[4], style_dim, upsample=False, clamp=conv_clamp)
         self.convs, self.to_rgbs, self.noises = nn.ModuleList(), nn.ModuleList(), nn.Module()
         self.noises.register_buffer("noise_0", torch.randn(1, 1, 4, 4))
         for i, resolution in enumerate(list(channels)[1:]):
             wide = channels[resolution]
-            self.convs += [StyledConv(channels[resolution // 2], wide, style_dim, upsample=True)]
-            self.convs += [StyledConv(wide, wide, style_dim)]
-            self.to_rgbs += [ToRGB(wide, style_dim)]
+            self.convs += [StyledConv(channels[resolution // 2], wide, style_dim, upsample=True, clamp=conv_clamp)]
+            self.convs += [StyledConv(wide, wide, style_dim, clamp=conv_clamp)]
+            self.to_rgbs += [ToRGB(wide, style_dim, clamp=conv_clamp)]
             for n in (2 * i + 1, 2 * i + 2):
                 self.noises.register_buffer(f"noise_{n}", torch.randn(1, 1, resolution, resolution))
         self.n_latent = len(self.convs) + 2
@@ -548,7 +549,7 @@ class StyleGAN2Generator(nn.Module):
         return self.synthesis(latents, noise)
 
 
-def conv_layer(in_channels, out_channels, kernel_size, downsample=False, activate=True):
+def conv_layer(in_channels, out_channels, kernel_size, downsample=False, activate=True, clamp=None):
     """Convolution of the discriminator; downsample filters first (1 3 3 1), then takes every second pixel."""
     layers = []
     if downsample and kernel_size == 1:  # the pixels that a strided 1x1 convolution would skip are not filtered at all
@@ -557,14 +558,14 @@ def conv_layer(in_channels, out_channels, kernel_size, downsample=False, activat
         layers += [Blur(padding=2), EqualConv2d(in_channels, out_channels, kernel_size, stride=2)]
     else:
         layers += [EqualConv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2)]
-    return nn.Sequential(*layers, BiasLeakyReLU(out_channels)) if activate else nn.Sequential(*layers)
+    return nn.Sequential(*layers, BiasLeakyReLU(out_channels, clamp)) if activate else nn.Sequential(*layers)
 
 
 class ResidualDownBlock(nn.Module):
-    def __init__(self, in_channels, out_channels):
+    def __init__(self, in_channels, out_channels, clamp=None):
         super().__init__()
-        self.conv1 = conv_layer(in_channels, in_channels, 3)
-        self.conv2 = conv_layer(in_channels, out_channels, 3, downsample=True)
+        self.conv1 = conv_layer(in_channels, in_channels, 3, clamp=clamp)
+        self.conv2 = conv_layer(in_channels, out_channels, 3, downsample=True, clamp=clamp)
         self.skip = conv_layer(in_channels, out_channels, 1, downsample=True, activate=False)
 
     def forward(self, x):
@@ -577,14 +578,20 @@ class StyleGAN2Discriminator(nn.Module):
     Args:
         size: side of the images, a power of two from 8 to 1024.
         width: factor on every channel count.
+        conv_clamp: as the generator's; the skip connections are free.
+        mbstd_group: images in a group of the standard deviation, at most; None: the whole batch.
     """
 
-    def __init__(self, size, channel_multiplier=2, width=1.0):
+    def __init__(self, size, channel_multiplier=2, width=1.0, conv_clamp=None, mbstd_group=4):
         super().__init__()
+        self.config = dict(size=size, channel_multiplier=channel_multiplier, width=width)
+        self.config |= dict(conv_clamp=conv_clamp, mbstd_group=mbstd_group)
+        self.mbstd_group = mbstd_group
         channels = stylegan2_channels(size, channel_multiplier, width)
-        down = [ResidualDownBlock(channels[r], channels[r // 2]) for r in sorted(channels, reverse=True)[:-1]]
-        self.convs = nn.Sequential(conv_layer(3, channels[size], 1), *down)
-        self.final_conv = conv_layer(channels[4] + 1, channels[4], 3)
+        falling = sorted(channels, reverse=True)
+        down = [ResidualDownBlock(channels[r], channels[r // 2], conv_clamp) for r in falling[:-1]]
+        self.convs = nn.Sequential(conv_layer(3, channels[size], 1, clamp=conv_clamp), *down)
+        self.final_conv = conv_layer(channels[4] + 1, channels[4], 3, clamp=conv_clamp)
         self.final_linear = nn.Sequential(
             EqualLinear(channels[4] * 16, channels[4], activate=True), EqualLinear(channels[4], 1)
         )
@@ -593,11 +600,13 @@ class StyleGAN2Discriminator(nn.Module):
     def forward(self, images):
         """(N, 3, size, size) -> logits (N, 1), float32.
 
-        The standard deviation is taken over groups of the largest size up to 4 that divides N: samples n, n + N/4, ..
+        The standard deviation is taken over groups of the largest size up to mbstd_group that divides N; of four
+        images samples n, n + N/4, ..
         """
         x = self.convs(images)
         n, c, h, w = x.shape
-        group = next(g for g in (4, 3, 2, 1) if n % g == 0)
+        limit = n if self.mbstd_group is None else self.mbstd_group
+        group = next(g for g in range(limit, 0, -1) if n % g == 0)
         with disable_autocast(x):
             variance = x.float().view(group, n // group, c, h, w).var(0, correction=0)
             deviation = (variance + 1e-8).sqrt().mean((1, 2, 3))
@@ -665,6 +674,8 @@ class SelfAttention(nn.Module):
     def forward(self, x):
         maps = self.theta(x), F.max_pool2d(self.phi(x), 2), F.max_pool2d(self.g(x), 2)
         query, key, value = (m.flatten(2).mT.unsqueeze(1) for m in maps)  # (N, 1, positions, channels)
+        padding = (0, -query.shape[3] % 8)  # fast kernels take multiples of 8 channels, and zeros change nothing
+        query, key = F.pad(query, padding), F.pad(key, padding)
         attended = F.scaled_dot_product_attention(query, key, value, scale=1.0)
         return x + self.gamma * self.o(attended.mT.reshape(len(x), -1, *x.shape[2:]))
 
@@ -814,6 +825,7 @@ class BigGANDiscriminator(nn.Module):
 
     def __init__(self, size, ch=96, n_classes=1000, attention=64, sn_eps=1e-6):
         super().__init__()
+        self.config = dict(size=size, ch=ch, n_classes=n_classes, attention=attention, sn_eps=sn_eps)
         _, widths = biggan_channels(size, ch)
         halvings = 2 if size == 32 else len(widths) - 1
         self.blocks = nn.Sequential()
@@ -844,7 +856,507 @@ def init_biggan(net, orthogonal=True):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Training: steps, moving averages, several processes
+# Weights on disk
+
+
+def write_atomically(path, write):
+    """Calls write(file) on a temporary file beside path, flushes it to disk, and moves it into place.
+
+    A process that is killed at any moment leaves the old file or the new one, whole. Raises OSError (disk full, no
+    permission), the old file being untouched.
+    """
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except RuntimeError as error:  # torch's word for a full disk
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path}: not written ({error})") from error
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def load_file(path):
+    """Reads a checkpoint: a dictionary of tensors, containers, numbers, strings and argparse.Namespace.
+
+    Nothing in it is executed. Raises InputError when the file is missing, truncated, or holds anything else.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of old pickles, which are then read or refused
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it asks for {found[1]}, and only plain tensors are loaded" if found else "damaged, or something else"
+        raise InputError(f"{path}: not a checkpoint that can be trusted: {reason}") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
+        raise InputError(f"{path}: not a checkpoint, or truncated; copy it again ({type(error).__name__})") from error
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise InputError(f"{path}: expected a checkpoint, names to tensors, found {type(content).__name__}")
+    return content
+
+
+def pack(net):
+    """What a file of ours holds of a network: its weights and, of one with a config, how to build it again."""
+    record = {"state_dict": {key: value.detach().cpu().contiguous() for key, value in net.state_dict().items()}}
+    if hasattr(net, "config"):
+        record |= {"network": type(net).__name__, "config": net.config}
+    return record
+
+
+def configure(net, config, source):
+    """Builds net anew, in place, with the arguments of config; InputError naming source if it takes no such."""
+    try:
+        with torch.random.fork_rng(devices=[]):
+            net.__init__(**config)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{source}: no {type(net).__name__} can be built of {config} ({error})") from error
+
+
+def load_weights(net, record, source):
+    """Loads a network's weights strictly, the reference implementations' spelling included.
+
+    Args:
+        record: what pack returns, and net becomes a network of that configuration; or a bare state dict that fits net.
+        source: named in the message of the InputError for another class, and for the first parameter that does not fit.
+    """
+    name = type(net).__name__
+    if isinstance(record, dict) and "state_dict" in record:
+        if record.get("network", name) != name:
+            raise InputError(f"{source}: holds a {record['network']}, expected a {name}")
+        if record.get("config", getattr(net, "config", None)) != getattr(net, "config", None):
+            configure(net, record["config"], source)
+        record = record["state_dict"]
+    if not isinstance(record, dict) or not all(isinstance(value, torch.Tensor) for value in record.values()):
+        raise InputError(f"{source}: expected a state dict (names to tensors), found {type(record).__name__}")
+    state_dict = dict(record)
+    adapt_reference_keys(net, state_dict)
+    expected = net.state_dict()
+    for key, value in expected.items():
+        shape = tuple(value.shape)
+        if key not in state_dict:
+            raise InputError(f"{source}: does not fit this {name}: it has no {key}, expected shape {shape}")
+        found = tuple(state_dict[key].shape)
+        if found != shape:
+            raise InputError(f"{source}: does not fit this {name}: {key} has shape {found}, expected {shape}")
+    for key in state_dict:
+        if key not in expected:
+            raise InputError(f"{source}: does not fit this {name}: it has {key}, which this network has not")
+    net.load_state_dict(state_dict)
+
+
+def load_networks(networks, records, source):
+    """Loads those of the networks (name to module) that records (name to what load_weights takes) holds."""
+    for name in networks.keys() & records.keys():
+        load_weights(networks[name], records[name], f"{source}, {name}")
+
+
+def load_trained(networks, paths, names, script):
+    """Loads trained networks: a file each in the order of names, or all of them from one checkpoint.pt of ours.
+
+    Returns the names of those that were found. Raises InputError for more files than names, for another script's
+    checkpoint, and for a file that is missing, damaged or does not fit.
+    """
+    if len(paths) > len(names):
+        raise InputError(f"{len(paths)} files of weights, expected at most {len(names)}: {', '.join(names)}")
+    contents = [load_file(path) for path in paths]
+    if "networks" in contents[0]:
+        trained = load_checkpoint(paths[0], script)["networks"]
+        records = {name: trained[name] for name in names}
+    else:
+        records = dict(zip(names, contents, strict=False))
+    load_networks(networks, records, " ".join(paths))
+    return set(records)
+
+
+def load_start(networks, teacher_names, args, checkpoint, script):
+    """Gives networks the weights that a run starts with: the checkpoint's, or those of --teacher and --student.
+
+    teacher_names: the order of the files of --teacher. Returns the names of the networks that are trained.
+    """
+    if checkpoint:
+        load_networks(networks, checkpoint["networks"], args.out)
+        return set(networks)
+    trained = set()
+    if args.teacher:
+        trained |= load_trained(networks, args.teacher, teacher_names, script)
+    if args.student:
+        trained |= load_trained(networks, [args.student], ("student_G",), script)
+    return trained
+
+
+def read_pair(paths, role, script):
+    """Reads a trained generator and discriminator -> {"g", "d", "g_ema": what load_weights takes}, those there are.
+
+    Args:
+        paths: one file, {g, d, g_ema} of the community's or of save_pair, or a checkpoint.pt of the script; or bare
+            state dicts of D and of G_ema, a file each.
+        role: "teacher" or "student", whose networks are meant in a checkpoint.pt.
+    """
+    contents = [load_file(path) for path in paths]
+    if len(paths) > 1 or not {"networks", "g", "d", "g_ema"} & contents[0].keys():
+        if len(paths) > 2:
+            raise InputError(f"{' '.join(paths)}: expected D [G_ema], or one file of both")
+        return dict(zip(("d", "g_ema"), contents, strict=False))
+    content, pair = contents[0], {}
+    for name in ("g", "d", "g_ema", "path"):
+        if "networks" in content:
+            record = load_checkpoint(paths[0], script)["networks"].get(f"{role}_{name}")
+        elif name in content:
+            record = {"state_dict": content[name]} | content.get("configs", {}).get(name, {})
+        else:
+            record = None
+        if record:
+            pair[name] = record
+    return pair
+
+
+def save_pair(path, pair, **facts):
+    """Writes a trained pair (name to network), weights as the community's {g, d, g_ema}, and facts; see read_pair."""
+    records = {name: pack(net) for name, net in pair.items()}
+    content = {name: record.pop("state_dict") for name, record in records.items()}
+    content |= {"configs": records, **facts}
+    write_atomically(path, lambda file: torch.save(content, file))
+
+
+def save_generator(path, net, **facts):
+    """Writes the generator's weights, the arguments needed to rebuild it, and facts; load_generator reads it."""
+    write_atomically(path, lambda file: torch.save(pack(net) | facts, file))
+
+
+def load_generator(path, device="cpu"):
+    """Rebuilds the generator that save_generator wrote, in eval mode on device.
+
+    Raises InputError when the file is missing, damaged or something else.
+    """
+    record = load_file(path)
+    classes = {cls.__name__: cls for cls in (ResnetGenerator, UnetGenerator, StyleGAN2Generator, BigGANGenerator)}
+    if record.get("network") not in classes or not {"config", "state_dict"} <= record.keys():
+        raise InputError(f"{path}: not a file of save_generator; for a bare state dict build the network and load it")
+    cls = classes[record["network"]]
+    net = cls.__new__(cls)
+    configure(net, record["config"], path)
+    load_weights(net, record, path)
+    return net.to(device).eval()
+
+
+# NVIDIA's StyleGAN2 pickles. Weights and options are called as in stylegan2-ada-pytorch: "synthesis.b64.conv0.bias".
+
+
+def noise_layer(match):
+    """For re.sub: noise number n of a generator, as we and TensorFlow count -> the layer that adds it."""
+    n = int(match[1]) + 1
+    return f"b{4 << n // 2}.conv{n % 2}.noise_const"
+
+
+# Replaced one after the other: in our names of a generator's weights, and in TensorFlow's names in lower case.
+NVIDIA_GENERATOR = {
+    r"^style\.(\d+)": lambda match: f"mapping.fc{int(match[1]) - 1}",
+    r"^convs\.(\d+)": lambda match: f"synthesis.b{8 << int(match[1]) // 2}.conv{int(match[1]) % 2}",
+    r"^to_rgbs\.(\d+)": lambda match: f"synthesis.b{8 << int(match[1])}.torgb",
+    r"^conv1\.": "synthesis.b4.conv1.",
+    r"^to_rgb1\.": "synthesis.b4.torgb.",
+    r"^input\.input": "synthesis.b4.const",
+    r"^noises\.": "synthesis.",
+    r"\bnoise_(\d+)$": noise_layer,
+    r"conv\.modulation\.": "affine.",
+    r"conv\.weight$": "weight",
+    r"noise\.weight$": "noise_strength",
+    r"activate\.bias$": "bias",
+}
+TENSORFLOW_NAMES = {
+    r"^dlatent_avg$": "mapping.w_avg",
+    r"^mapping\.dense": "mapping.fc",
+    r"^synthesis\.4x4/conv/": "synthesis.4x4/conv1/",
+    r"^4x4/dense0/": "4x4/fc/",
+    r"^output/": "4x4/out/",
+    r"\bnoise(\d\d?)$": noise_layer,
+    r"\b(\d+)x\1/": r"b\1.",
+    r"\bconst/": "",
+    "_up|_down": "",
+    "mod_": "affine.",
+    "/": ".",
+}
+MBSTD_GROUP = "b4.mbstd.group_size"
+TENSORFLOW_OPTIONS = {
+    "label_size": "c_dim",
+    "num_channels": "img_channels",
+    "use_noise": "use_noise",
+    "normalize_latents": "normalize_latents",
+    "mapping_lrmul": "mapping.fc0.bias_gain",
+    "mapping_nonlinearity": "mapping.fc0.activation",
+    "nonlinearity": "b4.conv.activation",
+    "conv_clamp": "b4.conv.conv_clamp",
+    "mbstd_group_size": MBSTD_GROUP,
+    "mbstd_num_features": "b4.mbstd.num_channels",
+    "resample_kernel": "resample_kernel",
+}
+NVIDIA_OPTIONS = {  # what another value than ours makes of a network: where it stands, and ours
+    "class-conditional": (r"\bc_dim$", 0),
+    "not RGB": (r"\bimg_channels$", 3),
+    "a generator of another architecture": (r"^synthesis\.b\d+\.architecture$", "skip"),
+    "a discriminator of another architecture": (r"^b\d+\.architecture$", "resnet"),
+    "a generator without noise": (r"\buse_noise$", True),
+    "a mapping that keeps the length of z": (r"\bnormalize_latents$", True),
+    "a mapping with another learning rate": (r"^mapping\.fc\d+\.bias_gain$", 0.01),
+    "another activation": (r"\b(conv\d?|fromrgb|fc\d*)\.activation$", "lrelu"),
+    "another filter": (r"^resample_kernel$", [1, 3, 3, 1]),
+    "another minibatch standard deviation": (r"\bmbstd\.num_channels$", 1),
+}
+
+
+def is_nvidia_pickle(path):
+    """Whether the file is a plain pickle, as NVIDIA's are: it begins as neither a zip nor one of torch's."""
+    if not Path(path).is_file():
+        return False
+    with open(path, "rb") as file:
+        start = file.read(32)
+    return start[:1] == b"\x80" and torch.serialization.MAGIC_NUMBER.to_bytes(10, "little") not in start
+
+
+def load_nvidia(path):
+    """Reads NVIDIA's pickle of a StyleGAN2: stylegan2-ada-pytorch's, TensorFlow's, stylegan3's (of a StyleGAN3 its D).
+
+    Nothing that the file names is called, and no source text in it is run: see unpickle_nvidia.
+
+    Returns a dict of
+        g, d, g_ema: our networks with the file's configuration and weights, in eval mode; None where one is refused;
+        latent_avg: (1, style_dim), the centre of truncation of g_ema, or None;
+        augment_p: the probability, 0 to 1, with which D's images were augmented when training ended, or None;
+        mirror: whether the file says that half of the training images were mirrored;
+        notes: a line for each network, its configuration or why it is refused, and one for what had to be assumed.
+
+    Raises InputError when the file is missing, damaged or asks for anything else, and when g_ema and d are refused.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        with open(path, "rb") as file:
+            return convert_nvidia(unpickle_nvidia(file))
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    except Exception as error:  # an unpickler raises nearly anything on damaged bytes
+        found = f"damaged, or not a StyleGAN2 of NVIDIA's ({type(error).__name__})"
+        raise InputError(f"{path}: {found}; nothing in it was run; copy it again") from error
+
+
+def unpickle_nvidia(file):
+    """Reads a pickle, calling only the functions and the class below, in place of those that it names.
+
+    They are new for each file, since a pickle can set attributes of what it is handed. A module of PyTorch becomes a
+    dict, its state; an array or a network of TensorFlow an object with .state, which holds what was pickled of it.
+
+    Raises InputError for a file that names anything else, nearly any exception for a damaged one.
+    """
+
+    class Stub:
+        def __init__(self, *arguments):
+            self.arguments = arguments
+
+        def __setstate__(self, state):
+            self.state = state
+
+    def scalar(dtype, data):
+        return read_numbers(dtype, data).item()
+
+    def load_storage(data):
+        storage = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        return torch.empty(0, dtype=storage.dtype).set_(storage)
+
+    def rebuild_tensor(numbers, offset, size, stride, *_):
+        if math.prod(size) > len(numbers):  # strides of 0 would make a few numbers a tensor of any size
+            raise InputError(f"it has a tensor of size {size} in {len(numbers)} numbers")
+        return numbers.as_strided(size, stride, offset)
+
+    def rebuild_parameter(tensor, *_):
+        return tensor
+
+    def rebuild_module(meta):
+        if (meta["type"], meta["version"]) != ("class", 6):
+            raise InputError(f"it has a {meta['type']!r} of version {meta['version']!r}, expected a class of version 6")
+        return meta["state"]
+
+    answers = {
+        "torch_utils.persistence._reconstruct_persistent_obj": rebuild_module,
+        "torch.storage._load_from_bytes": load_storage,
+        "torch._utils._rebuild_tensor_v2": rebuild_tensor,
+        "torch._utils._rebuild_parameter": rebuild_parameter,
+        "torch._utils._rebuild_parameter_with_state": rebuild_parameter,
+        "collections.OrderedDict": dict,
+        "dnnlib.util.EasyDict": dict,
+        "dnnlib.tflib.network.Network": Stub,
+        "builtins.set": set,
+        "__builtin__.set": set,
+        "numpy.ndarray": Stub,
+        "numpy.dtype": Stub,
+        "numpy.core.multiarray._reconstruct": Stub,
+        "numpy.core.multiarray.scalar": scalar,
+        "numpy._core.multiarray._reconstruct": Stub,
+        "numpy._core.multiarray.scalar": scalar,
+    }
+
+    class Unpickler(pickle._Unpickler):  # the one in C reserves as much memory as a damaged index asks for
+        def find_class(self, module, name):
+            asked = f"{module}.{name}"
+            if asked not in answers:
+                raise InputError(f"it asks for {asked!r}, which no StyleGAN2 needs; don't trust this file")
+            return answers[asked]
+
+    return Unpickler(file).load()
+
+
+def read_numbers(dtype, data):
+    """The type, a Stub, and the bytes of an array or a number of NumPy -> a flat array; it refuses objects."""
+    return np.frombuffer(data, dtype.state[1] + dtype.arguments[0])
+
+
+def convert_nvidia(content):
+    """What unpickle_nvidia read -> what load_nvidia returns; InputError when G_ema and D are refused."""
+    networks, notes = dict.fromkeys(("G", "D", "G_ema")), []
+    if isinstance(content, tuple):
+        stored = {role: flatten_tensorflow(network) for role, network in zip(networks, content, strict=True)}
+        training = None
+        unsaid = MBSTD_GROUP not in stored["D"]
+    else:
+        names = [name for name in (*networks, "augment_pipe") if content.get(name)]
+        stored = {name: flatten_module(content[name]) for name in names}
+        training = content.get("training_set_kwargs")
+        # A file that was converted from TensorFlow's has no training set, and None for groups that were left unsaid.
+        unsaid = training is None and "D" in stored and stored["D"].get(MBSTD_GROUP, 4) is None
+    if unsaid:
+        stored["D"][MBSTD_GROUP] = 4
+        notes.append("D: mbstd_group 4 is assumed, the original StyleGAN2's: the file does not say")
+    for role in networks:
+        try:
+            networks[role] = build_nvidia(role, stored.get(role, {}))
+            notes.append(f"{role}: " + ", ".join(f"{key} {value}" for key, value in networks[role].config.items()))
+        except ValueError as error:
+            notes.append(textwrap.shorten(f"{role} refused: {error}", 300))
+    if networks["D"] is None and networks["G_ema"] is None:
+        raise InputError("; ".join(notes) + "; give an unconditional StyleGAN2 of configuration e or f")
+    latent_avg = stored["G_ema"].get("mapping.w_avg") if networks["G_ema"] else None
+    if latent_avg is not None:
+        latent_avg = latent_avg.reshape(1, networks["G_ema"].style_dim).float()
+    augment_p = stored["augment_pipe"]["p"].item() if "augment_pipe" in stored else None
+    mirror = bool(training and training.get("xflip"))
+    facts = dict(latent_avg=latent_avg, augment_p=augment_p, mirror=mirror, notes=notes)
+    return {role.lower(): net for role, net in networks.items()} | facts
+
+
+def flatten_module(state, prefix=""):
+    """A PyTorch module's state -> its weights and attributes, and those of its parts, by dotted name."""
+    own = state | state["_parameters"] | state["_buffers"]
+    flat = {f"{prefix}{name}": value for name, value in own.items()}
+    for name, part in state["_modules"].items():
+        if part is not None:
+            flat |= flatten_module(part, f"{prefix}{name}.")
+    return flat
+
+
+def rename(name, replacements):
+    """Replaces regular expressions in a name, one after the other."""
+    for pattern, replacement in replacements.items():
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def flatten_tensorflow(network):
+    """A network of TensorFlow -> its weights and options by the names that they have in flatten_module."""
+    parts = {"": network} | {f"{name}.": part for name, part in network.state["components"].items()}
+    arguments, flat = {}, {}
+    for prefix, part in parts.items():
+        arguments |= part.state["static_kwargs"]
+        for name, array in part.state["variables"]:
+            _, shape, dtype, fortran, data = array.state
+            order = "F" if fortran else "C"
+            numbers = read_numbers(dtype, data).reshape(shape, order=order)
+            value = torch.from_numpy(numbers.astype(np.float32))
+            if name.endswith("weight"):  # (height, width, in, out) or (in, out)
+                value = value.movedim((-1, -2), (0, 1))
+            if name.endswith("Conv0_up/weight"):
+                value = value.flip(2, 3)
+            if name.endswith("mod_bias"):
+                value = value + 1
+            flat[rename(prefix + name.lower(), TENSORFLOW_NAMES)] = value
+    return flat | {ours: arguments[theirs] for theirs, ours in TENSORFLOW_OPTIONS.items() if theirs in arguments}
+
+
+def check_nvidia(flat):
+    """Raises InputError naming what a network of NVIDIA's has and ours cannot have, or a weight that is not finite."""
+    for meaning, (pattern, ours) in NVIDIA_OPTIONS.items():
+        for name, value in flat.items():
+            if re.search(pattern, name) and value != ours:
+                raise InputError(f"{meaning}: {name} is {value!r}, expected {ours!r}")
+    kernel = Blur(padding=1).kernel
+    for name, value in flat.items():
+        layer = name.removesuffix("resample_filter")
+        resamples = 2 in (flat.get(f"{layer}up", 2), flat.get(f"{layer}down"))
+        if layer != name and resamples and not torch.equal(value.float(), kernel):
+            raise InputError(f"another filter than 1 3 3 1: {name}")
+        if isinstance(value, torch.Tensor) and not value.isfinite().all():
+            raise InputError(f"{name} is not finite")
+
+
+def build_nvidia(role, flat):
+    """Builds our network with the weights and options of NVIDIA's; raises ValueError, of one line, where it cannot."""
+    check_nvidia(flat)
+    generator = role != "D"
+    weights = {
+        name: value
+        for name, value in flat.items()
+        if isinstance(value, torch.Tensor) and not name.endswith(("w_avg", "resample_filter"))
+    }
+    layer = r"synthesis\.b(\d+)\.conv1\.weight" if generator else r"b(\d+)\.conv0?\.weight"
+    matches = {name: re.fullmatch(layer, name) for name in weights}
+    channels = {int(match[1]): len(weights[name]) for name, match in matches.items() if match}
+    if 4 not in channels:
+        raise InputError("not in the file, or not StyleGAN2's: it has no block b4")
+    size, width = max(channels), channels[4] / 512
+    multipliers = [m for m in (2, 1) if stylegan2_channels(size, m, width) == channels]
+    if not multipliers:
+        raise InputError(f"channels of the blocks are {channels}: not StyleGAN2's of configuration e or f at any width")
+    clamps = {value for name, value in flat.items() if name.endswith("conv_clamp") and ".skip." not in name}
+    if len(clamps) > 1:
+        raise InputError(f"layers with different limits: {clamps}")
+    clamp = clamps.pop() if clamps else None
+    common = dict(channel_multiplier=multipliers[0], width=width, conv_clamp=clamp)
+    if generator:
+        style_dim = weights["synthesis.b4.conv1.affine.weight"].shape[1]
+        n_mlp = sum(name.startswith("mapping.fc") for name in weights) // 2
+        net = StyleGAN2Generator(size, style_dim, n_mlp, **common)
+        replacements = NVIDIA_GENERATOR
+    else:
+        net = StyleGAN2Discriminator(size, mbstd_group=flat.get(MBSTD_GROUP, 4), **common)
+        replacements = {
+            r"^convs\.0\.\d": f"b{size}.fromrgb",
+            r"^convs\.(\d+)": lambda match: f"b{2 * size >> int(match[1])}",
+            r"\bconv1\.\d": "conv0",
+            r"\bconv2\.\d": "conv1",
+            r"\bskip\.\d": "skip",
+            r"^final_conv\.\d": "b4.conv",
+            r"^final_linear\.0": "b4.fc",
+            r"^final_linear\.1": "b4.out",
+        }
+    for ours, own in net.state_dict().items():
+        theirs = rename(ours, replacements)
+        if ours.endswith("kernel"):  # the filter 1 3 3 1, which is none of their weights
+            weights[ours] = own
+        elif theirs in weights:
+            value = weights.pop(theirs)
+            alike = value.squeeze().shape == own.squeeze().shape
+            weights[ours] = value.reshape(own.shape) if alike else value
+    load_weights(net, weights, "its weights")  # refuses what is left over, missing or of another shape
+    return net.eval()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A training run: what every script needs and nobody edits
 
 
 def processes():
@@ -858,12 +1370,30 @@ def say(text):
         print(text, flush=True)
 
 
-def start_processes(device):
-    """Joins the process group that torchrun describes, if any, and tunes torch to the device."""
+def barrier():
+    """Waits until every process has come here."""
+    if processes()[1] > 1:
+        dist.barrier()
+
+
+def broadcast_weights(networks):
+    """Gives every process rank 0's parameters and buffers."""
+    if processes()[1] > 1:
+        for net in networks:
+            for tensor in net.state_dict().values():
+                dist.broadcast(tensor, 0)
+
+
+def start_processes(device, amp):
+    """Joins the process group that torchrun describes, if any, and tunes torch to the device -> (rank, processes).
+
+    amp "off" is true float32: no TF32 either.
+    """
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
-        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = amp != "off"
+        torch.set_float32_matmul_precision("highest" if amp == "off" else "high")
     elif hasattr(ctypes.CDLL(None) if os.name == "posix" else None, "mallopt"):
         # glibc would give every tensor over 32 MB back to the system, and clearing its pages anew can cost half a step.
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: blocks mapped one by one
@@ -871,6 +1401,237 @@ def start_processes(device):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=2))  # rank 0 may download, or resize the images
+    return processes()
+
+
+def end_processes():
+    """Ends data loader workers, and leaves the process group, unless this process fails: NCCL waits for the others."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise for each
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    if sys.exc_info()[0] is None and processes()[1] > 1:
+        dist.destroy_process_group()
+
+
+def has_bf16(device):
+    """Whether the device computes in bf16 itself, not by emulation."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def fast_layout(device):
+    """The memory format of image networks: channels_last on a CPU, where it was measured; the default on a GPU."""
+    return torch.channels_last if device.type == "cpu" else torch.contiguous_format
+
+
+# Options
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Leaves a docstring's lines as they are, and names the default of each option that has one."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None or action.const else super()._get_help_string(action)
+
+
+def run_parser(doc):
+    """An argument parser whose description is doc and whose errors are InputErrors."""
+
+    def refuse(message):
+        raise InputError(message)
+
+    parser = argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter)
+    parser.error = refuse
+    return parser
+
+
+def at_least(minimum):
+    """An argparse type: finite numbers of the minimum's own type (int or float) from it on."""
+
+    def parse(text):
+        value = type(minimum)(text)
+        if not minimum <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not {minimum} or more")
+        return value
+
+    parse.__name__ = type(minimum).__name__
+    return parse
+
+
+def add_run_options(parser, unit, eval_every, auto):
+    group = parser.add_argument_group("run")
+    at, either = group.add_argument, group.add_mutually_exclusive_group().add_argument
+    at("--out", metavar="FOLDER", help="where everything is written; runs/SCRIPT_DATA if it is not given")
+    either("--resume", action="store_true", help="go on with the run in OUT, exactly; budgets may change")
+    either("--overwrite", action="store_true", help="replace the run in OUT")
+    at("--seed", type=at_least(0), default=0, help="of all random numbers")
+    at("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    at("--amp", choices=("auto", "bf16", "off"), default="auto", help=f"auto: TF32{auto}; off: true float32")
+    at("--workers", type=at_least(0), default=4, help="data loader processes")
+    at("--max-steps", type=at_least(1), help="stop after so many steps; the schedule stays as it is")
+    at("--log-every", type=at_least(1), default=100, help="steps between lines of log.jsonl")
+    at("--sample-every", type=at_least(0), default=1000, help="steps between sample grids; 0: none")
+    at("--save-every", type=at_least(1), default=1000, help="steps between checkpoints")
+    at("--eval-every", type=at_least(0), default=eval_every, help=f"{unit} between evaluations; 0: none")
+    at("--inception", default="auto", help="FID Inception: auto (is downloaded), a weight file, or none")
+
+
+# What may change when a run goes on, besides its budgets.
+FREE = "data cache vgg inception out resume overwrite device workers max_steps".split()
+FREE += "log_every sample_every save_every eval_every".split()
+
+
+def parse_run(parser, argv, name, toy, budgets, implied=()):
+    """Parses a script's arguments -> (arguments, checkpoint to go on from, or None).
+
+    What the command line leaves out is, with --resume, as the run had it (OUT/args.json); otherwise with --toy as in
+    toy, and with each option of implied as that says. Raises InputError when --resume finds no run, or an option that
+    contradicts it and is neither FREE nor one of the budgets.
+    """
+    given = parser.parse_args(argv)
+    source = Path(given.data).resolve().stem if given.data else "toy"
+    out = Path(given.out or f"runs/{name}_{source}")
+    defaults, checkpoint = {}, None
+    if given.resume:
+        if not (out / "args.json").is_file():
+            raise InputError(f"{out}: holds no run to go on with; leave out --resume to start one")
+        defaults = json.loads((out / "args.json").read_text()) | dict(max_steps=None, overwrite=False)
+        if (out / "checkpoint.pt").exists():
+            checkpoint = load_checkpoint(out / "checkpoint.pt", name)
+        else:
+            say(f"{out}: no checkpoint yet, the run starts from its beginning")
+    else:
+        defaults = toy if given.toy else {}
+        for option, values in dict(implied).items():
+            if getattr(given, option):
+                defaults = defaults | values
+    parser.set_defaults(**defaults | dict(out=str(out)))
+    args = parser.parse_args(argv)
+    if not (args.data or args.toy):
+        raise InputError("--data is missing; --toy needs none")
+    if given.resume:
+        for key, value in vars(args).items():
+            if key not in (*FREE, *budgets) and value != defaults.get(key, value):
+                option = f"--{key.replace('_', '-')}"
+                raise InputError(f"{out}: the run has {option} {defaults[key]}, not {value}; start another with --out")
+    return args, checkpoint
+
+
+# The folder of a run
+
+
+def check_output(args):
+    """Raises InputError on rank 0, before anything is written, for an output folder that holds a run, cannot be
+    written, or holds the trained networks that the run is given and would replace."""
+    out = Path(args.out).resolve()
+    if processes()[0] > 0:
+        return
+    if (out / "args.json").exists() and not (args.resume or args.overwrite):
+        raise InputError(f"{args.out}: holds a run; go on with --resume, replace it with --overwrite, or choose --out")
+    for path in filter(None, [*np.ravel(args.teacher), args.student]):
+        if args.overwrite and Path(path).resolve().parent == out:
+            raise InputError(f"{path}: lies in {args.out}, which --overwrite empties; choose another --out")
+    existing = next(path for path in (out, *out.parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise InputError(f"{args.out}: cannot be written, {existing} is no folder or is write-protected")
+
+
+def open_output(args, step):
+    """On rank 0, makes the output folder; drops what a replaced run left, and of a log what is later than step."""
+    if processes()[0] > 0:
+        return
+    out = Path(args.out)
+    (out / "samples").mkdir(parents=True, exist_ok=True)
+    if args.overwrite:
+        for name in "checkpoint student best_student teacher stage1 stage2".split():
+            (out / f"{name}.pt").unlink(missing_ok=True)
+        for path in (out / "log.jsonl", out / "summary.json", *out.glob("samples/*.png")):
+            path.unlink(missing_ok=True)
+    if args.resume and (out / "log.jsonl").exists():
+        lines = [line for line in (out / "log.jsonl").read_text().splitlines() if line.endswith("}")]
+        kept = [line + "\n" for line in lines if json.loads(line)["step"] <= step]
+        write_atomically(out / "log.jsonl", lambda file: file.write("".join(kept).encode()))
+    if args.resume:
+        before = json.loads((out / "args.json").read_text())
+        budgets = {key: value for key, value in vars(args).items() if key not in FREE and value != before.get(key)}
+        if budgets:
+            log(args, dict(step=step) | budgets)
+    write_json(out / "args.json", vars(args))
+
+
+def write_json(path, content):
+    write_atomically(path, lambda file: file.write((json.dumps(content, indent=1) + "\n").encode()))
+
+
+def log(args, entry):
+    """On rank 0, appends an entry to log.jsonl and prints it."""
+    if processes()[0] == 0:
+        with open(Path(args.out, "log.jsonl"), "a") as file:
+            file.write(json.dumps(entry) + "\n")
+        texts = [f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in entry.items()]
+        print("  ".join(texts), flush=True)
+
+
+def save_checkpoint(path, networks, optimizers, own, **content):
+    """Writes all that a run needs to go on to the bit; every process calls it, rank 0 writes.
+
+    Args:
+        networks, optimizers: name to module, name to optimiser.
+        own: what this process alone knows; its random state is added.
+        content: anything else that load_file reads.
+
+    Raises SystemExit, the file at path being untouched, when a weight is not finite or the disk is full.
+    """
+    device = next(next(iter(networks.values())).parameters()).device
+    rank, world = processes()
+    own = own | dict(random=torch.get_rng_state())
+    if device.type == "cuda":
+        own["cuda"] = torch.cuda.get_rng_state(device)
+    ranks = [own] * world
+    if world > 1:
+        dist.gather_object(own, ranks if rank == 0 else None)
+    if rank > 0:
+        return
+    content |= {"ranks": ranks, "networks": {name: pack(net) for name, net in networks.items()}}
+    content |= {"optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()}}
+    for name, record in content["networks"].items():
+        for key, value in record["state_dict"].items():
+            if not value.isfinite().all():
+                raise SystemExit(f"error: diverged, {name} {key} is not finite; the last checkpoint stays: {path}")
+    try:
+        write_atomically(path, lambda file: torch.save(content, file))
+    except OSError as error:
+        raise SystemExit(f"error: {path}: not saved ({error}); the last checkpoint stays") from error
+
+
+def load_checkpoint(path, script):
+    """Reads what save_checkpoint wrote with script=...; InputError for another script's or anything else."""
+    content = load_file(path)
+    if content.get("script") != script:
+        found = f"a checkpoint of train_{content['script']}.py" if "script" in content else "no checkpoint of a run"
+        raise InputError(f"{path}: {found}, expected one of train_{script}.py")
+    return content
+
+
+def restore(checkpoint, networks, optimizers):
+    """Loads networks, optimisers and this process's random state from a checkpoint -> what this process alone knew.
+
+    Raises InputError when the run had another number of processes.
+    """
+    rank, world = processes()
+    if len(checkpoint["ranks"]) != world:
+        raise InputError(f"the run has {len(checkpoint['ranks'])} processes, found {world}: start as many")
+    load_networks(networks, checkpoint["networks"], "checkpoint.pt")
+    for name, optimizer in optimizers.items():
+        optimizer.load_state_dict(checkpoint["optimizers"][name])
+    own = checkpoint["ranks"][rank]
+    torch.set_rng_state(own["random"])
+    if "cuda" in own and torch.cuda.is_available():
+        torch.cuda.set_rng_state(own["cuda"])
+    return own
+
+
+# Batches
 
 
 def run_batches(dataset, batch_size, numbers, workers):
@@ -905,339 +1666,67 @@ def ignore_signals(_worker):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def end_processes():
-    """Ends data loader workers, and leaves the process group, unless this process fails: NCCL waits for the others."""
-    if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise for each
-    for worker in multiprocessing.active_children():
-        worker.kill()
-    if sys.exc_info()[0] is None and processes()[1] > 1:
-        dist.destroy_process_group()
+# Signals: SIGINT and SIGTERM end the process at once, by SystemExit, so that no part of a file stays. While steps are
+# taken the first lets the step finish and the run be saved.
+
+signals = dict(deferred=False, received=0)
 
 
-def take_step(optimizer, loss):
-    """One step of the optimiser against the gradient of loss, averaged over the processes."""
-    optimizer.zero_grad()
-    loss.backward()
-    average_gradients(optimizer)
-    optimizer.step()
+def on_signal(number, _frame):
+    several = processes()[1] > 1  # torchrun passes on to its processes what they have got themselves
+    if signals["deferred"] and not signals["received"]:
+        signals["received"] = number
+        os.write(2, b"finishing the step and saving\n")
+    elif not (signals["deferred"] and several):
+        sys.exit(128 + number)
 
 
-def average_gradients(optimizer):
-    """Replaces the gradients of the optimiser's parameters by their mean over the processes."""
-    world = processes()[1]
-    if world > 1:
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        dist.all_reduce(flat)
-        for gradient, mean in zip(gradients, (flat / world).split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(mean.view_as(gradient))
+def defer_signals():
+    """From here on the first signal is kept for stop_asked."""
+    signals["deferred"] = True
 
 
-def share_weights(networks):
-    """Gives every process rank 0's parameters and buffers."""
+@contextlib.contextmanager
+def interruptible():
+    """Inside, during long work that is not a step, a signal ends the process at once."""
+    signals["deferred"] = False
+    yield
+    signals["deferred"] = True
+
+
+def stop_asked():
+    """The signal that this process or another got, as a number; 0: none. Every process calls it."""
+    number = torch.tensor(signals["received"])
     if processes()[1] > 1:
-        for net in networks:
-            for tensor in net.state_dict().values():
-                dist.broadcast(tensor, 0)
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+    return number.item()
 
 
-@torch.no_grad()
-def update_ema(ema, net, decay, buffers=False):
-    """Moves the parameters, and buffers, of a moving average towards net's: ema = decay * ema + (1 - decay) * net."""
-    averaged, moved = (list((n.state_dict() if buffers else dict(n.named_parameters())).values()) for n in (ema, net))
-    torch._foreach_lerp_(averaged, moved, 1 - decay)
+def run_script(name, parse_args, train, argv=None):
+    """The main function of a script: train(*parse_args(argv)); bad input is one line on stderr and exit status 2."""
+    handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        train(*parse_args(argv))
+    except (InputError, OSError) as error:
+        line = str(error).strip().splitlines()[-1].rpartition("InputError: ")[2]  # a worker's has its traceback before
+        print(f"train_{name}.py: error: {line}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        signals.update(deferred=False, received=0)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        end_processes()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Weights on disk
-
-
-def write_atomically(path, write):
-    """Calls write(file) on a temporary file beside path, flushes it to disk, and moves it into place.
-
-    A process that is killed at any moment leaves the old file or the new one, whole. Raises OSError (disk full, no
-    permission), the old file being untouched.
-    """
-    temporary = Path(f"{path}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except RuntimeError as error:  # torch's word for a full disk
-        temporary.unlink(missing_ok=True)
-        raise OSError(f"{path}: not written ({error})") from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def write_json(path, content):
-    write_atomically(path, lambda file: file.write((json.dumps(content, indent=1) + "\n").encode()))
-
-
-def save_checkpoint(path, networks, optimizers, own, **content):
-    """Writes all that a run needs to go on to the bit; every process calls it, rank 0 writes.
-
-    Args:
-        networks, optimizers: name to module, name to optimiser.
-        own: what this process alone knows; its random state is added.
-        content: anything else that load_file reads.
-
-    Raises SystemExit, the file at path being untouched, when a weight is not finite or the disk is full.
-    """
-    device = next(next(iter(networks.values())).parameters()).device
-    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    rank, world = processes()
-    ranks = [own | dict(random=torch.get_rng_state(), cuda=cuda)] * world
-    if world > 1:
-        dist.gather_object(ranks[0], ranks if rank == 0 else None)
-    if rank > 0:
-        return
-    content |= {"ranks": ranks, "networks": {name: net.state_dict() for name, net in networks.items()}}
-    content |= {"optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()}}
-    for name, weights in content["networks"].items():
-        for key, value in weights.items():
-            if not value.isfinite().all():
-                raise SystemExit(f"error: diverged, {name} {key} is not finite; the last checkpoint stays: {path}")
-    try:
-        write_atomically(path, lambda file: torch.save(content, file))
-    except OSError as error:
-        raise SystemExit(f"error: {path}: not saved ({error}); the last checkpoint stays") from error
-
-
-def amend_checkpoint(path, checkpoint, **changes):
-    """Writes a checkpoint that was read, with other content of these names; on rank 0."""
-    if processes()[0] == 0:
-        write_atomically(path, lambda file: torch.save(checkpoint | changes, file))
-
-
-def load_checkpoint(path, script):
-    """Reads what save_checkpoint wrote with script=...; InputError for another script's or anything else."""
-    content = load_file(path)
-    if content.get("script") != script:
-        found = f"a checkpoint of train_{content['script']}.py" if "script" in content else "no checkpoint of a run"
-        raise InputError(f"{path}: {found}, expected one of train_{script}.py")
-    return content
-
-
-def restore(checkpoint, path, networks, optimizers=()):
-    """Loads networks, optimisers and this process's random state from a checkpoint -> what it alone knew.
-
-    Raises InputError when the run had another number of processes or other networks.
-    """
-    rank, world = processes()
-    if len(checkpoint["ranks"]) != world:
-        raise InputError(f"{path}: the run has {len(checkpoint['ranks'])} processes, found {world}: start as many")
-    for name, net in networks.items():
-        load_weights(net, checkpoint["networks"].get(name), f"{path}, {name}")
-    for name, optimizer in dict(optimizers).items():
-        optimizer.load_state_dict(checkpoint["optimizers"][name])
-    own = checkpoint["ranks"][rank]
-    torch.set_rng_state(own["random"])
-    if own["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(own["cuda"])
-    return own
-
-
-def load_file(path):
-    """Reads a checkpoint, a dictionary of tensors, containers, numbers, strings and argparse.Namespace.
-
-    Nothing in it is executed. Raises InputError when the file is missing, truncated, or holds anything else.
-    """
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such file")
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of old pickles, which are then read or refused
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        detail = f"it asks for {found[1]}, and only plain tensors are loaded" if found else "damaged, or something else"
-        raise InputError(f"{path}: not a checkpoint that can be trusted: {detail}") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a checkpoint, or truncated; copy it again ({type(error).__name__})") from error
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise InputError(f"{path}: expected a checkpoint, names to tensors, found {type(content).__name__}")
-    return content
-
-
-def load_weights(net, state_dict, source):
-    """Loads a state dict strictly, the reference implementations' spelling included.
-
-    Raises InputError naming source and the first parameter that does not fit, with both shapes.
-    """
-    if not isinstance(state_dict, dict) or not all(isinstance(v, torch.Tensor) for v in state_dict.values()):
-        raise InputError(f"{source}: expected a state dict (names to tensors), found {type(state_dict).__name__}")
-    state_dict = dict(state_dict)
-    adapt_reference_keys(net, state_dict)
-    expected = {key: tuple(value.shape) for key, value in net.state_dict().items()}
-    for key, shape in expected.items():
-        if key not in state_dict:
-            raise InputError(f"{source}: does not fit {type(net).__name__}: it has no {key}, expected shape {shape}")
-        if tuple(state_dict[key].shape) != shape:
-            found = tuple(state_dict[key].shape)
-            raise InputError(
-                f"{source}: does not fit this {type(net).__name__}: {key} has shape {found}, expected {shape}"
-            )
-    for key in state_dict:
-        if key not in expected:
-            raise InputError(f"{source}: does not fit {type(net).__name__}: it has {key}, which this network has not")
-    net.load_state_dict(state_dict)
-
-
-def load_networks(paths, networks, script):
-    """Loads trained networks (name to module): a file each, in their order, or all from one checkpoint.pt of ours.
-
-    Returns the names of those that were loaded. Raises InputError for more files than networks, for a checkpoint of
-    another script than the one named, and for a file that is missing, damaged or does not fit.
-    """
-    if len(paths) > len(networks):
-        raise InputError(f"{len(paths)} files of weights, expected at most {len(networks)}: {', '.join(networks)}")
-    for path, (name, net) in zip(paths, networks.items(), strict=False):
-        content = load_file(path)
-        if "script" in content:
-            content = load_checkpoint(path, script)
-            for each in networks:
-                load_weights(networks[each], content["networks"].get(each), f"{path}, {each}")
-            return [*networks]
-        load_weights(net, content.get("state_dict", content), f"{path}, as {name} of this architecture and width")
-    return [*networks][: len(paths)]
-
-
-def save_generator(path, net, **facts):
-    """Writes the generator's weights, the arguments needed to rebuild it, and facts; load_generator reads it."""
-    state_dict = {key: value.detach().cpu().contiguous() for key, value in net.state_dict().items()}
-    content = {"network": type(net).__name__, "config": net.config, "state_dict": state_dict} | facts
-    write_atomically(path, lambda file: torch.save(content, file))
-
-
-def load_generator(path, device="cpu"):
-    """Rebuilds the generator that save_generator wrote, in eval mode on device.
-
-    Raises InputError when the file is missing, damaged or something else.
-    """
-    content = load_file(path)
-    classes = {cls.__name__: cls for cls in (ResnetGenerator, UnetGenerator, StyleGAN2Generator, BigGANGenerator)}
-    if content.get("network") not in classes or not {"config", "state_dict"} <= content.keys():
-        raise InputError(f"{path}: not a file of save_generator; for a bare state dict build the network and load it")
-    net = classes[content["network"]](**content["config"])
-    load_weights(net, content["state_dict"], path)
-    return net.to(device).eval()
-
-
-def trained_options(path, script, role):
-    """What a checkpoint.pt of the script, or a student.pt, says of the network with that role, as its options."""
-    content = load_file(path)
-    if "script" in content:
-        saved = load_checkpoint(path, script)["args"]
-        return {key: saved[key] for key in (f"{role}_arch", f"{role}_ngf") + (("ndf",) if role == "teacher" else ())}
-    if content.get("network") not in ("ResnetGenerator", "UnetGenerator") or "config" not in content:
-        return {}
-    config = content["config"]
-    arch = "unet_256" if "num_downs" in config else "mobile_" * config["separable"] + "resnet_9blocks"
-    return {f"{role}_arch": arch, f"{role}_ngf": config["ngf"]}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# A run's folder: args.json, log.jsonl, samples/ and the files above
-
-
-def check_output(args):
-    """Raises InputError on rank 0, before anything is written, for an output folder that holds a run, cannot be
-    written, or holds the trained networks that the run is given and would replace."""
-    out = Path(args.out).resolve()
-    if processes()[0] > 0:
-        return
-    if (out / "args.json").exists() and not (args.resume or args.overwrite):
-        raise InputError(f"{args.out}: holds a run; go on with --resume, replace it with --overwrite, or choose --out")
-    for path in filter(None, [*np.ravel(args.teacher), args.student]):
-        if args.overwrite and Path(path).resolve().parent == out:
-            raise InputError(f"{path}: lies in {args.out}, which --overwrite empties; choose another --out")
-    existing = next(path for path in (out, *out.parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise InputError(f"{args.out}: cannot be written, {existing} is no folder or is write-protected")
-
-
-def open_output(args, checkpoint, goes_on):
-    """On rank 0, makes the output folder; drops a replaced run's files, and of a log what the checkpoint lacks.
-
-    A run that is extended has its new budgets in checkpoint.pt from here on.
-    """
-    if processes()[0] > 0:
-        return
-    out = Path(args.out)
-    (out / "samples").mkdir(parents=True, exist_ok=True)
-    if args.overwrite:
-        names = "checkpoint.pt student.pt best_student.pt teacher.pt stage1.pt stage2.pt log.jsonl summary.json"
-        for old in (*(out / name for name in names.split()), *out.glob("samples/*.png"), *out.glob("squares_*.npy*")):
-            old.unlink(missing_ok=True)
-    if args.resume and goes_on and (out / "log.jsonl").exists():
-        whole = [line for line in (out / "log.jsonl").read_text().splitlines(keepends=True) if line.endswith("}\n")]
-        known = [(line, json.loads(line)) for line in whole]
-        ends = checkpoint["step"], checkpoint["evaluated"]
-        kept = [line for line, e in known if e["step"] <= ends["evaluation" in e] and "cut" not in e]
-        write_atomically(out / "log.jsonl", lambda file: file.write("".join(kept).encode()))
-    write_json(out / "args.json", vars(args))
-    if checkpoint and args.extended != checkpoint["args"]["extended"]:
-        amend_checkpoint(out / "checkpoint.pt", checkpoint, args=vars(args))
-        grown = ", ".join(f"{key} {value:g}" for key, value in args.extended[-1]["extended"].items())
-        log(args, args.extended[-1], f"extended at step {checkpoint['step']}: {grown}")
-
-
-def log(args, entry, progress="", losses=(), cut=False):
-    """On rank 0, appends an entry to log.jsonl, and says progress and losses, folded at 100 columns between the losses.
-
-    cut: the entry is there because the run was cut short, and is dropped when it goes on.
-    """
-    if processes()[0] == 0:
-        with open(Path(args.out, "log.jsonl"), "a") as file:
-            file.write(json.dumps(entry | (dict(cut=True) if cut else {})) + "\n")
-        parts = [progress, *(f"{name} {value:.3g}" for name, value in dict(losses).items())]
-        folded = textwrap.fill("  ".join(part.replace(" ", "\xa0") for part in parts), 100, subsequent_indent="    ")
-        say(folded.replace("\xa0", " "))
-
-
-def log_step(args, entry, progress, means, last_step, since, cut):
-    """Logs a step with the means of its losses, the pace and the time left.
-
-    entry: of the log, with step and images; since: (time, images) from which the pace counts, without interruptions.
-    """
-    pace = (entry["images"] - since[1]) / (time.perf_counter() - since[0])
-    left = timedelta(seconds=round((last_step - entry["step"]) * entry["images"] / entry["step"] / pace))
-    progress = f"step {entry['step']}/{last_step}  {progress}  {pace:.1f} images/s  {left} left"
-    log(args, entry | dict(images_per_second=pace) | means, progress, means, cut)
-
-
-def write_summary(args, step, teacher, student, inputs, scores):
-    """On rank 0, compares two generators in summary.json, with a run's last scores, and says it as a table."""
-    if processes()[0] == 0:
-        rows, out = compare(teacher, student, *inputs), Path(args.out)
-        write_json(out / "summary.json", dict(steps=step, scores=scores) | rows)
-        say("\n" + table(rows) + "".join(f"\n{name} {value:.4g}" for name, value in scores.items()))
-        made = next(name for name in ("student.pt", "teacher.pt", "checkpoint.pt") if (out / name).exists())
-        say(f"\ngenerator: {out / made}, pictures: {out / 'samples'}")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Pictures
+# Using a compressed generator: pictures, cost, the command
 
 
 def to_rgb(image):
-    """Convert a PIL image of any mode to 8-bit RGB: turned as its EXIF data say, transparency on white.
-
-    Otherwise Pillow's conversion, but 16-bit grey is scaled, not clipped.
-    """
-    image.load()
-    with contextlib.suppress(Exception):  # damaged EXIF data count for none
-        image = ImageOps.exif_transpose(image)
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        grey, clear = np.asarray(image), image.info.get("transparency", -1)
-        image = Image.fromarray(np.where(grey == clear, 255, (grey / 257 + 0.5).clip(0, 255)).astype(np.uint8))
+    """A PIL image of any mode as 8-bit RGB: turned as its EXIF data say, transparency on white."""
+    image = ImageOps.exif_transpose(image)
     if image.has_transparency_data:
-        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+        image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
@@ -1252,11 +1741,10 @@ def save_grid(path, blocks, columns=1):
     pictures = []
     for name, images in blocks.items():
         grid = make_grid((images.float().cpu().clamp(-1, 1) + 1) / 2, nrow=columns)
-        grid = Image.fromarray((grid * 255).round().byte().permute(1, 2, 0).numpy())
-        labelled = Image.new("RGB", (grid.width, grid.height + 16), "white")
-        labelled.paste(grid, (0, 16))
-        sizes = [size for size in range(12, 5, -1) if ImageFont.load_default(size).getlength(name) <= grid.width - 2]
-        ImageDraw.Draw(labelled).text((2, 8), name, "black", ImageFont.load_default([*sizes, 6][0]), anchor="lm")
+        pixels = (grid * 255).round().byte().permute(1, 2, 0).numpy()
+        labelled = Image.new("RGB", (grid.shape[2], grid.shape[1] + 16), "white")
+        labelled.paste(Image.fromarray(pixels), (0, 16))
+        ImageDraw.Draw(labelled).text((2, 8), name, "black", ImageFont.load_default(10), anchor="lm")
         pictures.append(np.asarray(labelled))
     picture = Image.fromarray(np.concatenate(pictures, axis=1 if columns == 1 else 0))
     write_atomically(path, lambda file: picture.save(file, "png"))
@@ -1273,8 +1761,13 @@ def translate(net, image):
     multiple = max(net.size_multiple, 16)  # smaller maps than 4x4 cannot be padded inside the network
     pixels = np.pad(pixels, ((0, -height % multiple), (0, -width % multiple), (0, 0)), mode="reflect")
     x = torch.from_numpy(pixels).to(next(net.parameters()).device).permute(2, 0, 1)[None] / 127.5 - 1
-    y = (net(x)[0, :, :height, :width].clamp(-1, 1) + 1) * 127.5
-    return Image.fromarray(y.round().byte().permute(1, 2, 0).cpu().numpy())
+    return to_image(net(x)[0, :, :height, :width])
+
+
+def to_image(pixels):
+    """(3, H, W) in [-1, 1] -> PIL image."""
+    levels = (pixels.clamp(-1, 1) + 1) * 127.5
+    return Image.fromarray(levels.round().byte().permute(1, 2, 0).cpu().numpy())
 
 
 def translate_folder(net, source, target):
@@ -1282,14 +1775,12 @@ def translate_folder(net, source, target):
     paths = sorted(path for path in Path(source).rglob("*") if path.is_file())
     if not paths:
         raise InputError(f"{source}: no such folder, or nothing in it")
-    skipped, transparent, places = 0, 0, set()
-    for n, path in enumerate(paths, 1):
+    places = set()
+    for path in paths:
         try:
-            with Image.open(path) as image:
-                transparent += image.has_transparency_data
-                image = to_rgb(image)
+            with Image.open(path) as opened:
+                image = to_rgb(opened)
         except Exception as error:  # Pillow's decoders raise nearly anything on what is no picture
-            skipped += 1
             print(f"skipped {path}: {' '.join(str(error).split())}", file=sys.stderr)
             continue
         place = Path(target, path.relative_to(source)).with_suffix(".png")
@@ -1298,16 +1789,14 @@ def translate_folder(net, source, target):
         places.add(place)
         place.parent.mkdir(parents=True, exist_ok=True)
         translate(net, image).save(place)
-        print(f"{n}/{len(paths)} {place}")
-    done = f"{len(paths) - skipped} pictures translated into {target}, {skipped} files skipped"
-    print(f"{done}, {transparent} with transparency, shown on white")
+    print(f"{len(places)} pictures translated into {target}, {len(paths) - len(places)} files skipped")
 
 
 @torch.inference_mode()
 def draw_samples(net, target, count, truncation, seed):
     """Writes count pictures of a StyleGAN2 or BigGAN into the folder target, and beside it a grid of the first 64.
 
-    truncation: StyleGAN2's w is moved to the mean so far; BigGAN's z has no entry beyond it, classes take turns.
+    truncation: StyleGAN2's w is moved to its mean so far; BigGAN's z has no entry beyond it, classes take turns.
     """
     Path(target).mkdir(parents=True, exist_ok=True)
     device = next(net.parameters()).device
@@ -1317,22 +1806,14 @@ def draw_samples(net, target, count, truncation, seed):
     for n in range(count):
         if isinstance(net, BigGANGenerator):
             z = nn.init.trunc_normal_(torch.empty(1, net.dim_z), a=-truncation, b=truncation, generator=generator)
-            image = net(z.to(device), torch.tensor([n % net.config["n_classes"]], device=device))
+            image = net(z.to(device), torch.tensor([n % net.config["n_classes"]], device=device))[0]
         else:
-            image = net(torch.randn(1, net.style_dim, generator=generator).to(device), truncation, center)
-        image = image[0].clamp(-1, 1).cpu()
+            image = net(torch.randn(1, net.style_dim, generator=generator).to(device), truncation, center)[0]
+        to_image(image).save(Path(target, f"{n:05d}.png"))
         images = (images + [image])[:64]
-        Image.fromarray(((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()).save(
-            Path(target, f"{n:05d}.png")
-        )
-        print(f"{n + 1}/{count}", end="\r", flush=True)
     grid = Path(target).with_name(f"{Path(target).name}_grid.png")
     save_grid(grid, {f"truncation {truncation:g}, seed {seed}": torch.stack(images)}, 8)
     print(f"{count} pictures in {target}, the first in {grid}")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Cost
 
 
 def published_conv_flops(x_shape, w_shape, _bias, _stride, _padding, _dilation, _transposed, *_, out_shape=None, **__):
@@ -1353,94 +1834,52 @@ def count_macs(net, *inputs, published=False):
     return counter.get_total_flops() // 2
 
 
-def seconds_per_call(net, *inputs, repeats=3):
-    """Best wall time of net(*inputs) over some repeats, after one warm-up."""
+@torch.inference_mode()
+def measure_cost(name, net, *inputs):
+    """Prints and returns what one call of a network costs: {"parameters": .., "macs": .., "macs_published": ..,
+    "milliseconds": the best of three calls after a first one}. The network is put in eval mode."""
+    net.eval()
+    cost = dict(parameters=sum(p.numel() for p in net.parameters()))
+    cost |= dict(macs=count_macs(net, *inputs), macs_published=count_macs(net, *inputs, published=True))
     times = []
-    with torch.inference_mode():
-        for _ in range(repeats + 1):
-            start = time.perf_counter()
-            net(*inputs)
-            if inputs[0].is_cuda:
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-    return min(times[1:])
+    for _ in range(3):
+        start = time.perf_counter()
+        net(*inputs)
+        if inputs[0].is_cuda:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    cost["milliseconds"] = 1000 * min(times)
+    millions, exact, published = cost["parameters"] / 1e6, cost["macs"] / 1e9, cost["macs_published"] / 1e9
+    counts = f"{millions:9.3f}M parameters{exact:9.3f}G MACs, exact{published:9.3f}G as published"
+    print(f"{name:32}{counts}{cost['milliseconds']:10.1f} ms", flush=True)
+    return cost
 
 
-def cost(net, *inputs):
-    """What a network costs -> dict of parameters, macs and macs_published of one call, and its seconds here."""
-    return dict(
-        parameters=sum(p.numel() for p in net.parameters()),
-        macs=count_macs(net, *inputs),
-        macs_published=count_macs(net, *inputs, published=True),
-        seconds=seconds_per_call(net, *inputs),
-    )
+def write_summary(out, step, scores, networks, *inputs):
+    """Prints, and writes to summary.json in the folder out, a run's last scores and what its networks cost."""
+    costs = {name: measure_cost(name, net, *inputs) for name, net in networks.items()}
+    write_json(out / "summary.json", dict(steps=step, scores=scores) | costs)
+    print("  ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+    print(f"generator: {out}/student.pt, pictures: {out}/samples")
 
 
-def compare(teacher, student, *inputs):
-    """{"teacher": cost, "student": cost, "ratio": teacher / student} of two networks, put in eval mode."""
-    rows = {"teacher": cost(teacher.eval(), *inputs), "student": cost(student.eval(), *inputs)}
-    return rows | {"ratio": {key: rows["teacher"][key] / rows["student"][key] for key in rows["student"]}}
-
-
-def table(rows):
-    """{name: {column: number}} -> the same as an aligned text table."""
-    columns = list(max(rows.values(), key=len))
-    lines = [f"{'':10}" + "".join(f"{column:>16}" for column in columns)]
-    for name, row in rows.items():
-        texts = (f"{row[c]:,}" if isinstance(row[c], int) else f"{row[c]:.4g}" for c in columns if c in row)
-        lines.append(f"{name:10}" + "".join(f"{text:>16}" for text in texts))
-    return "\n".join(lines)
-
-
-def print_table():
-    """What each generator costs, as it is and as an exported program; beside the first of a group the factors."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    image, y = torch.randn(1, 3, 256, 256, device=device), torch.zeros(1, dtype=torch.long, device=device)
-    z512, z120, z128 = (torch.randn(1, n, device=device) for n in (512, 120, 128))
-    cifar = dict(n_classes=10, dim_z=128, shared_dim=None, hierarchical=False, attention=None)
-    groups = [
-        [
-            ("ResNet-9, ngf 64 (original)", lambda: ResnetGenerator(), image),
-            ("mobile ResNet-9, ngf 64", lambda: ResnetGenerator(separable=True), image),
-            ("mobile ResNet-9, ngf 16 (DCD)", lambda: ResnetGenerator(ngf=16, separable=True), image),
-        ],
-        [
-            ("U-Net-256, ngf 64 (original)", lambda: UnetGenerator(), image),
-            ("U-Net-256, ngf 16 (DCD)", lambda: UnetGenerator(ngf=16), image),
-        ],
-        *(
-            [
-                (f"StyleGAN2-{size}, width {name}", lambda s=size, w=width: StyleGAN2Generator(s, width=w), z512)
-                for name, width in (("1 (original)", 1), ("1/2 (DGL)", 0.5), ("1/4 (DGL)", 0.25))
-            ]
-            for size in (256, 1024)
-        ),
-        [
-            ("BigGAN-128, ch 96 (original)", lambda: BigGANGenerator(128), z120, y),
-            ("BigGAN-128, ch 48 (DGL)", lambda: BigGANGenerator(128, 48), z120, y),
-        ],
-        [
-            ("BigGAN-32 for CIFAR-10, ch 96", lambda: BigGANGenerator(32, **cifar), z128, y),
-            ("BigGAN-32, ch 48 (DGL)", lambda: BigGANGenerator(32, 48, **cifar), z128, y),
-        ],
-    ]
-    print(f"{'':34}{'parameters':>18}{'MACs, exact':>19}{'MACs, published':>20}{'time per image':>16}{'exported':>12}")
-    for group in groups:
-        original = None
-        for name, build, *inputs in group:
-            net = build().to(device).eval()
-            *counts, seconds = cost(net, *inputs).values()
-            exported = seconds_per_call(torch.export.export(net, tuple(inputs)).module(), *inputs)
-            original = original or counts
-            params, exact, published = (
-                f"{count / unit:.3f}{letter} {first / count:5.1f}x"
-                for count, first, unit, letter in zip(counts, original, (1e6, 1e9, 1e9), "MGG", strict=True)
-            )
-            times = f"{1000 * seconds:13.1f} ms{1000 * exported:9.1f} ms"
-            print(f"{name:34}{params:>18}{exact:>19}{published:>20}{times}", flush=True)
-    print(f"\nTime on {device} ({torch.get_num_threads()} threads), batch 1, float32; image networks at 256x256.")
-    print("Exported: the program that torch.export makes, which runs without this file.")
-    print("Published MACs: the convention of the papers' tables, which counts transposed convolutions four times.")
+def print_costs(device):
+    """What each generator of the papers costs: the original, then the compressed ones."""
+    image = torch.randn(1, 3, 256, 256, device=device)
+    z512, z120 = (torch.randn(1, n, device=device) for n in (512, 120))
+    label = torch.zeros(1, dtype=torch.long, device=device)
+    measure_cost("ResNet-9, ngf 64", ResnetGenerator().to(device), image)
+    for ngf in (64, 16):
+        measure_cost(f"mobile ResNet-9, ngf {ngf}", ResnetGenerator(ngf=ngf, separable=True).to(device), image)
+    for ngf in (64, 16):
+        measure_cost(f"U-Net-256, ngf {ngf}", UnetGenerator(ngf=ngf).to(device), image)
+    for size in (256, 1024):
+        for width in (1, 0.5, 0.25):
+            measure_cost(f"StyleGAN2-{size}, width {width}", StyleGAN2Generator(size, width=width).to(device), z512)
+    for ch in (96, 48):
+        measure_cost(f"BigGAN-128, ch {ch}", BigGANGenerator(128, ch).to(device), z120, label)
+    print(f"one picture on {device}, {torch.get_num_threads()} threads, float32; image networks at 256x256")
+    print("as published: the papers' tables count a transposed convolution four times")
 
 
 def main(argv=None):
@@ -1448,27 +1887,26 @@ def main(argv=None):
     parser.error = lambda message: parser.exit(2, f"models.py: error: {message}\n")
     parser.add_argument("generator", nargs="?", metavar="student.pt", help="a compressed generator; without: the table")
     parser.add_argument("folders", nargs="*", metavar="FOLDER", help="pictures and where to put their translations; or")
-    parser.add_argument("--count", type=int, default=64, help="where to put so many pictures of a StyleGAN2 or BigGAN")
-    parser.add_argument("--truncation", type=float, default=0.7, help="of their latents, above 0")
-    parser.add_argument("--seed", type=int, default=0, help="of their latents")
+    parser.add_argument("--count", type=at_least(1), default=64, help="where to put so many of a StyleGAN2 or BigGAN")
+    parser.add_argument("--truncation", type=at_least(0.01), default=0.7, help="of their latents")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of their latents")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda")
     args = parser.parse_args(argv)
-    if args.generator is None:
-        return print_table()
-    if args.count < 1 or args.truncation <= 0:
-        parser.error(f"--count {args.count} --truncation {args.truncation}: expected 1 or more, and more than 0")
     try:
-        net = load_generator(args.generator)
-        need = 1 if isinstance(net, (StyleGAN2Generator, BigGANGenerator)) else 2
-        if len(args.folders) != need:
-            what = ("one folder, where to draw", "two folders, from and to")[need - 1]
-            raise InputError(f"{args.generator} is a {type(net).__name__}: give {what}, found {len(args.folders)}")
-        try:
-            net.to(args.device)
-        except (RuntimeError, AssertionError) as error:  # a build of torch without CUDA raises the second
-            raise InputError(f"--device {args.device} does not work here, use cpu") from error
-        if need == 1:
-            draw_samples(net, *args.folders, args.count, args.truncation, args.seed)
+        device = torch.empty(1, device=args.device).device
+    except (RuntimeError, AssertionError):  # a build of torch without CUDA raises the second
+        parser.error(f"--device {args.device} does not work here, use cpu")
+    if args.generator is None:
+        print_costs(device)
+        return
+    try:
+        net = load_generator(args.generator, device)
+        draws = isinstance(net, (StyleGAN2Generator, BigGANGenerator))
+        wanted = "one folder, where to draw" if draws else "two folders, from and to"
+        if len(args.folders) != (1 if draws else 2):
+            raise InputError(f"{args.generator} is a {type(net).__name__}: give {wanted}, found {len(args.folders)}")
+        if draws:
+            draw_samples(net, args.folders[0], args.count, args.truncation, args.seed)
         else:
             translate_folder(net, *args.folders)
     except (InputError, OSError) as error:
