@@ -22,7 +22,6 @@ import hashlib
 import json
 import os
 import pathlib
-import signal
 import sys
 import tempfile
 import warnings
@@ -268,48 +267,15 @@ def average_inside(x):
     return F.avg_pool2d(x, kernel_size=3, stride=1, padding=1, count_include_pad=False)
 
 
-def pooled_by(pool, block, x):
-    """Return the output of one of torchvision's blocks, but with another pooling in its last branch."""
-    branches = block._forward(x)
-    branches[-1] = block.branch_pool(pool(x))
-    return torch.cat(branches, dim=1)
-
-
-class FIDInceptionA(blocks.InceptionA):
-    def forward(self, x):
-        return pooled_by(average_inside, self, x)
-
-
-class FIDInceptionC(blocks.InceptionC):
-    def forward(self, x):
-        return pooled_by(average_inside, self, x)
-
-
-class FIDInceptionE(blocks.InceptionE):
-    def forward(self, x):
-        return pooled_by(average_inside, self, x)
-
-
-class FIDInceptionEMax(blocks.InceptionE):
-    def forward(self, x):
-        return pooled_by(nn.MaxPool2d(kernel_size=3, stride=1, padding=1), self, x)
+def maximum(x):
+    return F.max_pool2d(x, kernel_size=3, stride=1, padding=1)
 
 
 class FIDInceptionV3(blocks.Inception3):
     """The FID Inception: torchvision's with 1008 classes, no auxiliary head, and the poolings of the 2015 graph."""
 
     def __init__(self):
-        kinds = [
-            blocks.BasicConv2d,
-            FIDInceptionA,
-            blocks.InceptionB,
-            FIDInceptionC,
-            blocks.InceptionD,
-            FIDInceptionE,
-            blocks.InceptionAux,
-        ]
-        super().__init__(num_classes=1008, aux_logits=False, inception_blocks=kinds, init_weights=False)
-        self.Mixed_7c = FIDInceptionEMax(2048)
+        super().__init__(num_classes=1008, aux_logits=False, init_weights=False)
 
     def forward(self, images):
         """Return the features (N, 2048) and logits (N, 1008), float32, of float images (N, 3, H, W) in [0, 1].
@@ -321,8 +287,14 @@ class FIDInceptionV3(blocks.Inception3):
         no_tf32 = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
         with torch.autocast(images.device.type, enabled=False), no_tf32:
             x = 2 * bilinear(images) - 1
-            for layer in list(self.children())[:-1]:  # in the order of the graph; the last is fc
-                x = layer(x)
+            for name, layer in self.named_children():  # in the order of the graph
+                if hasattr(layer, "branch_pool"):
+                    pool = maximum if name == "Mixed_7c" else average_inside
+                    branches = layer._forward(x)
+                    branches[-1] = layer.branch_pool(pool(x))
+                    x = torch.cat(branches, dim=1)
+                elif name != "fc":
+                    x = layer(x)
             features = x.flatten(1)
             logits = F.linear(features.double(), self.fc.weight.double())  # there is no TF32 in float64
         return features, logits.float()
@@ -368,8 +340,8 @@ def load_inception(weights="auto", device="cpu", option="--inception FILE"):
         net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), assign=True)
     except Exception as error:  # torch.load raises nearly anything on a file of another kind
         reason = first_line(error).split(". ")[0]  # torch goes on with advice to execute what is in the file
-        advice = f"give {os.path.basename(WEIGHTS_URL)} of pytorch-fid, or leave {option} out to download it"
-        raise InputError(f"{path}: not the weights of the FID Inception ({reason}): {advice}") from error
+        problem = f"not the weights of the FID Inception ({reason})"
+        raise InputError(f"{path}: {problem}: give pytorch-fid's file, or leave {option} out to download it") from error
     net.float().eval().requires_grad_(False)
     for module in list(net.modules()):
         if isinstance(module, blocks.BasicConv2d):
@@ -406,7 +378,7 @@ def image_stats(files, inception, batch_size=50, workers=0, keep=(), progress=Fa
     """Return FeatureStats of ImageFiles and a dictionary of what to keep, in their order: see measure.
 
     workers: processes that decode images, 0 for none. keep: names out of "features" and "logits". progress: count
-    images on stderr. With torch.distributed initialised, every process has to call it: each measures its share of the
+    batches on stderr. With torch.distributed initialised, every process has to call it: each measures its share of the
     images, and all return the same. Raises InputError naming the first image that cannot be read.
     """
     device = next(inception.parameters()).device
@@ -420,7 +392,7 @@ def image_stats(files, inception, batch_size=50, workers=0, keep=(), progress=Fa
             tensors = [pil_to_tensor(picture).to(device) for picture in pictures]
             yield torch.cat([bilinear(tensor[None] / 255) for tensor in tensors])  # they may differ in size
             if progress and i % 20 == 0:
-                print(f"{files.source}: {i * batch_size * world} of {len(files)} images", file=sys.stderr)
+                print(f"{files.source}: batch {i} of {len(loader)}", file=sys.stderr)
 
     return measure(batches(), inception, keep)
 
@@ -569,7 +541,7 @@ class StoredSquares:
             generator = torch.Generator()
             squares = DataLoader(files, None, num_workers=workers, collate_fn=resize, generator=generator)
             header = {"descr": "|u1", "fortran_order": False, "shape": (len(files), 3, side, side)}
-            with sigterm_raises(), part_of(path) as part, open(part, "wb") as file:
+            with part_of(path) as part, open(part, "wb") as file:
                 np.lib.format.write_array_header_1_0(file, header)
                 for n, square in enumerate(squares, 1):
                     file.write(square.numpy().tobytes())
@@ -592,16 +564,6 @@ class StoredSquares:
 def open_array(path):
     """Map an .npy once in each process: its pages are shared, and a pickled StoredSquares holds the path alone."""
     return np.load(path, mmap_mode="r")
-
-
-@contextlib.contextmanager
-def sigterm_raises():
-    """Let SIGTERM raise SystemExit, so that a part of a file is removed; by itself it ends a process at once."""
-    before = signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -633,7 +595,8 @@ def parse_args(argv):
     parser.add_argument("--kid", action="store_true", help="also the Kernel Inception Distance (no .npz)")
     parser.add_argument("--is", dest="score", action="store_true", help="also the Inception Score of A (in 10 parts)")
     parser.add_argument("--batch-size", type=int, default=50, help="images per forward pass (%(default)s)")
-    parser.add_argument("--workers", type=int, default=4, help="processes that decode images (%(default)s)")
+    workers = min(8, os.cpu_count() or 1)
+    parser.add_argument("--workers", type=int, default=workers, help="processes that decode images (%(default)s)")
     parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1 ...")
     parser.add_argument("--weights", default="auto", help="auto (torch hub's cache, else download), or a path")
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
@@ -665,7 +628,11 @@ def run(args, device):
             files[source].check()
 
     # Measure
-    keep = ["features"] * args.kid + ["logits"] * args.score
+    keep = []
+    if args.kid:
+        keep.append("features")
+    if args.score:
+        keep.append("logits")
     if files:
         inception = load_inception(args.weights, device, "--weights FILE")
     for source, images in files.items():

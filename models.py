@@ -13,6 +13,7 @@ imports nothing from the rest of the project: copy it beside a student.pt to use
     python models.py                                                        # parameters, MACs, time per image
     python models.py student.pt photos/ translated/                         # translate a folder of pictures
     python models.py student.pt samples/ --count 64 --truncation 0.7        # draw pictures (StyleGAN2, BigGAN)
+    python models.py stylegan2-ffhq-config-f.pkl samples/                   # from NVIDIA's files, and the community's
 """
 
 import argparse
@@ -493,10 +494,13 @@ class StyleGAN2Generator(nn.Module):
             for n in (2 * i + 1, 2 * i + 2):
                 self.noises.register_buffer(f"noise_{n}", torch.randn(1, 1, resolution, resolution))
         self.n_latent = len(self.convs) + 2
+        self.latent_avg = None  # (1, style_dim), where a file has it
         self.register_load_state_dict_pre_hook(adapt_reference_keys)
 
     def mean_latent(self, n_samples=4096):
-        """Mean of w over n_samples random z, (1, style_dim): the centre of truncation."""
+        """Mean of w, (1, style_dim), the centre of truncation: the file's own, or over n_samples random z."""
+        if self.latent_avg is not None:
+            return self.latent_avg
         z = torch.randn(n_samples, self.style_dim, device=self.input.input.device)
         return self.style(z).mean(0, keepdim=True)
 
@@ -872,11 +876,10 @@ def write_atomically(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except RuntimeError as error:  # torch's word for a full disk
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
-        raise OSError(f"{path}: not written ({error})") from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+        if isinstance(error, (OSError, RuntimeError)):  # the second is torch's word for a full disk
+            raise OSError(f"{path}: not written, what was there stays ({error})") from error
         raise
 
 
@@ -935,20 +938,11 @@ def load_weights(net, record, source):
         record = record["state_dict"]
     if not isinstance(record, dict) or not all(isinstance(value, torch.Tensor) for value in record.values()):
         raise InputError(f"{source}: expected a state dict (names to tensors), found {type(record).__name__}")
-    state_dict = dict(record)
-    adapt_reference_keys(net, state_dict)
-    expected = net.state_dict()
-    for key, value in expected.items():
-        shape = tuple(value.shape)
-        if key not in state_dict:
-            raise InputError(f"{source}: does not fit this {name}: it has no {key}, expected shape {shape}")
-        found = tuple(state_dict[key].shape)
-        if found != shape:
-            raise InputError(f"{source}: does not fit this {name}: {key} has shape {found}, expected {shape}")
-    for key in state_dict:
-        if key not in expected:
-            raise InputError(f"{source}: does not fit this {name}: it has {key}, which this network has not")
-    net.load_state_dict(state_dict)
+    try:
+        net.load_state_dict(record)
+    except RuntimeError as error:  # its first line is a heading, each further one names parameters
+        reason = textwrap.shorten(str(error).splitlines()[1], 200)
+        raise InputError(f"{source}: does not fit this {name}: {reason}") from error
 
 
 def load_networks(networks, records, source):
@@ -1009,12 +1003,34 @@ def read_pair(paths, role, script):
         if "networks" in content:
             record = load_checkpoint(paths[0], script)["networks"].get(f"{role}_{name}")
         elif name in content:
-            record = {"state_dict": content[name]} | content.get("configs", {}).get(name, {})
+            record = {"state_dict": content[name]} | content.get("configs", {}).get(
+                name, stylegan2_config(content[name])
+            )
         else:
             record = None
         if record:
             pair[name] = record
     return pair
+
+
+def stylegan2_config(state_dict):
+    """Reads the configuration of a StyleGAN2 network off a bare state dict of the community's, for load_weights."""
+    generator = "input.input" in state_dict
+    if not generator and "final_linear.1.weight" not in state_dict:
+        return {}
+    shapes = {key: value.shape for key, value in state_dict.items()}
+    pattern = r"to_rgbs\.\d+\.bias" if generator else r"convs\.\d+\.skip\.1\.weight"
+    blocks = sum(re.fullmatch(pattern, key) is not None for key in shapes)
+    width = shapes["input.input" if generator else "final_linear.1.weight"][1] / 512
+    config = dict(size=4 * 2**blocks, channel_multiplier=2, width=width)
+    if blocks >= 4:  # the multiplier counts from 64x64 on, the fourth block from the inside
+        at_64 = shapes["to_rgbs.3.conv.weight"][2] if generator else shapes[f"convs.{blocks - 3}.conv1.0.weight"][1]
+        config["channel_multiplier"] = round(at_64 / width / 256)
+    if not generator:
+        return dict(network="StyleGAN2Discriminator", config=config)
+    config["n_mlp"] = sum(re.fullmatch(r"style\.\d+\.weight", key) is not None for key in shapes)
+    config["style_dim"] = shapes["style.1.weight"][1]
+    return dict(network="StyleGAN2Generator", config=config)
 
 
 def save_pair(path, pair, **facts):
@@ -1031,11 +1047,21 @@ def save_generator(path, net, **facts):
 
 
 def load_generator(path, device="cpu"):
-    """Rebuilds the generator that save_generator wrote, in eval mode on device.
+    """Rebuilds a generator, in eval mode on device: of save_generator, or G_ema of any StyleGAN2 that read_pair reads.
 
     Raises InputError when the file is missing, damaged or something else.
     """
-    record = load_file(path)
+    latent_avg = None
+    if is_nvidia_pickle(path):
+        content = load_nvidia(path)
+        if content["g_ema"] is None:
+            raise InputError(f"{path}: {'; '.join(content['notes'])}")
+        record, latent_avg = pack(content["g_ema"]), content["latent_avg"]
+    else:
+        record = load_file(path)
+        if "g_ema" in record:
+            latent_avg = record.get("latent_avg")
+            record = read_pair([path], "student", None)["g_ema"]
     classes = {cls.__name__: cls for cls in (ResnetGenerator, UnetGenerator, StyleGAN2Generator, BigGANGenerator)}
     if record.get("network") not in classes or not {"config", "state_dict"} <= record.keys():
         raise InputError(f"{path}: not a file of save_generator; for a bare state dict build the network and load it")
@@ -1043,6 +1069,8 @@ def load_generator(path, device="cpu"):
     net = cls.__new__(cls)
     configure(net, record["config"], path)
     load_weights(net, record, path)
+    if latent_avg is not None:
+        net.latent_avg = latent_avg.reshape(1, -1).to(device)
     return net.to(device).eval()
 
 
@@ -1521,27 +1549,23 @@ def parse_run(parser, argv, name, toy, budgets, implied=()):
 
 
 def check_output(args):
-    """Raises InputError on rank 0, before anything is written, for an output folder that holds a run, cannot be
-    written, or holds the trained networks that the run is given and would replace."""
-    out = Path(args.out).resolve()
+    """Makes the output folder, on rank 0; InputError if it holds a run, or the trained networks of the new one."""
+    out = Path(args.out)
     if processes()[0] > 0:
         return
     if (out / "args.json").exists() and not (args.resume or args.overwrite):
-        raise InputError(f"{args.out}: holds a run; go on with --resume, replace it with --overwrite, or choose --out")
+        raise InputError(f"{out}: holds a run; go on with --resume, replace it with --overwrite, or choose --out")
     for path in filter(None, [*np.ravel(args.teacher), args.student]):
-        if args.overwrite and Path(path).resolve().parent == out:
-            raise InputError(f"{path}: lies in {args.out}, which --overwrite empties; choose another --out")
-    existing = next(path for path in (out, *out.parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise InputError(f"{args.out}: cannot be written, {existing} is no folder or is write-protected")
+        if args.overwrite and Path(path).resolve().parent == out.resolve():
+            raise InputError(f"{path}: lies in {out}, which --overwrite empties; choose another --out")
+    (out / "samples").mkdir(parents=True, exist_ok=True)
 
 
 def open_output(args, step):
-    """On rank 0, makes the output folder; drops what a replaced run left, and of a log what is later than step."""
+    """On rank 0, drops what a replaced run left, and of a log what is later than step; writes args.json."""
     if processes()[0] > 0:
         return
     out = Path(args.out)
-    (out / "samples").mkdir(parents=True, exist_ok=True)
     if args.overwrite:
         for name in "checkpoint student best_student teacher stage1 stage2".split():
             (out / f"{name}.pt").unlink(missing_ok=True)
@@ -1580,7 +1604,7 @@ def save_checkpoint(path, networks, optimizers, own, **content):
         own: what this process alone knows; its random state is added.
         content: anything else that load_file reads.
 
-    Raises SystemExit, the file at path being untouched, when a weight is not finite or the disk is full.
+    Raises SystemExit when a weight is not finite, OSError when the disk is full; the last checkpoint stays.
     """
     device = next(next(iter(networks.values())).parameters()).device
     rank, world = processes()
@@ -1598,10 +1622,7 @@ def save_checkpoint(path, networks, optimizers, own, **content):
         for key, value in record["state_dict"].items():
             if not value.isfinite().all():
                 raise SystemExit(f"error: diverged, {name} {key} is not finite; the last checkpoint stays: {path}")
-    try:
-        write_atomically(path, lambda file: torch.save(content, file))
-    except OSError as error:
-        raise SystemExit(f"error: {path}: not saved ({error}); the last checkpoint stays") from error
+    write_atomically(path, lambda file: torch.save(content, file))
 
 
 def load_checkpoint(path, script):

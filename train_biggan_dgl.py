@@ -166,9 +166,7 @@ def train(args, checkpoint):
     real_stats = functools.cache(lambda: measure_real(images, inception, to_device, args))
     numbers = range(first_step * micro_batches, last_step * micro_batches)
     batches = models.run_batches(dataset, args.batch_size, numbers, args.workers)
-    say(
-        f"{out}: steps {first_step} to {last_step} of {stage_ends[-1]}, each of {step_images} images, {world} x {device}"
-    )
+    say(f"{out}: steps {first_step} to {last_step} of {stage_ends[-1]}, {step_images} images each, {world} x {device}")
 
     for stage, (stage_start, stage_end) in enumerate(itertools.pairwise((0, *stage_ends))):
         steps = range(max(first_step, stage_start) + 1, min(stage_end, last_step) + 1)
@@ -280,7 +278,9 @@ def train(args, checkpoint):
     if rank == 0:
         z = torch.randn(1, student["g"].dim_z, device=device)
         y = torch.zeros(1, dtype=torch.long, device=device)
-        generators = dict(teacher=teacher["g"].to(device), student=student["g"])
+        generators = dict(student=student["g_ema"])
+        if "teacher_g_ema" in networks:
+            generators = dict(teacher=teacher["g_ema"]) | generators
         models.write_summary(out, max(first_step, last_step), scores, generators, z, y)
 
 
@@ -351,11 +351,13 @@ def draw(G, args):
     """Yields this process's share of --eval-images images, from the same latents and classes every time."""
     device = next(G.parameters()).device
     rank, world = processes()
-    for start in range(rank * args.batch_size, args.eval_images, args.batch_size * world):
-        n, generator = min(args.batch_size, args.eval_images - start), torch.Generator().manual_seed(args.seed + start)
+    for start in range(0, args.eval_images, args.batch_size * world):
+        n = min(args.batch_size * world, args.eval_images - start)
+        generator = torch.Generator().manual_seed(args.seed + start)
         z = torch.randn(n, G.dim_z, generator=generator)
         y = torch.randint(G.config["n_classes"], (n,), generator=generator)
-        yield G(z.to(device), y.to(device))
+        if rank < n:
+            yield G(z[rank::world].to(device), y[rank::world].to(device))
 
 
 @torch.no_grad()

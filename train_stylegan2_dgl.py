@@ -289,7 +289,9 @@ def train(args, checkpoint):
 
     if rank == 0:
         z = torch.randn(1, args.style_dim, device=device)
-        generators = dict(teacher=teacher["g"].to(device), student=student["g"])
+        generators = dict(student=student["g_ema"])
+        if "teacher_g_ema" in networks:
+            generators = dict(teacher=teacher["g_ema"]) | generators
         models.write_summary(out, max(first_step, last_step), scores, generators, z)
 
 
