@@ -411,6 +411,22 @@ def generated_stats(batches, inception, splits=None):
     return stats, inception_score(kept["logits"], splits)
 
 
+def kept_stats(path, batches, inception):
+    """Return generated_stats(batches, inception), kept in the .npz at path: where it exists, batches are not touched.
+
+    Rank 0's file counts; every process has to call this.
+    """
+    stats = None
+    if processes()[0] == 0 and os.path.exists(path):
+        stats = FeatureStats.load(path)
+    stats = gather(stats)[0]
+    if stats is None:
+        stats = generated_stats(batches, inception)
+        if processes()[0] == 0:
+            stats.save(path)
+    return stats
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Images and files
 

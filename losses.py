@@ -182,8 +182,9 @@ class PerceptualLoss(nn.Module):
                     nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
         if weights != "random":
             path = fetch_weights(VGG16_Weights.IMAGENET1K_V1.url, "--vgg FILE") if weights == "auto" else weights
-            state_dict = {k.removeprefix("features."): v for k, v in load_file(path).items() if "features." in k}
-            load_weights(self.features, {k: state_dict[k] for k in self.features.state_dict() if k in state_dict}, path)
+            trained = load_file(path)
+            names = [name for name in self.features.state_dict() if f"features.{name}" in trained]
+            load_weights(self.features, {name: trained[f"features.{name}"] for name in names}, path)
         self.requires_grad_(False)
 
     def forward(self, images, targets):
@@ -277,7 +278,8 @@ def average_gradients(optimizer):
     flat = torch.cat([p.grad.flatten() for p in parameters])
     dist.all_reduce(flat)
     flat /= world
-    for p, mean in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+    means = flat.split([p.numel() for p in parameters])
+    for p, mean in zip(parameters, means, strict=True):
         p.grad.copy_(mean.view_as(p))
 
 

@@ -28,7 +28,7 @@ from torch.utils.data import Dataset
 
 import fid
 import models
-from fid import FeatureStats, ImageFiles, StoredSquares, frechet_distance, gather, generated_stats
+from fid import ImageFiles, StoredSquares, frechet_distance, generated_stats, kept_stats
 from losses import LossMeter, discriminator_loss, finish_step, generator_loss, update_ema
 from models import BigGANDiscriminator, BigGANGenerator, InputError, at_least, init_biggan, processes, say
 
@@ -163,7 +163,6 @@ def train(args, checkpoint):
     models.open_output(args, first_step)
     images = StoredSquares(files, args.size, args.cache or out, say, args.workers, Image.Resampling.BILINEAR)
     dataset = LabelledImages(images, labels, args.mirror, args.seed)
-    real_stats = functools.cache(lambda: measure_real(images, inception, to_device, args))
     numbers = range(first_step * micro_batches, last_step * micro_batches)
     batches = models.run_batches(dataset, args.batch_size, numbers, args.workers)
     say(f"{out}: steps {first_step} to {last_step} of {stage_ends[-1]}, {step_images} images each, {world} x {device}")
@@ -204,7 +203,7 @@ def train(args, checkpoint):
                         fake_logits, real_logits = logits.split(args.batch_size)
                     loss_D = discriminator_loss(real_logits, fake_logits, "hinge")
                     (loss_D / args.accumulate).backward()
-                    meter.add(D=loss_D, D_real=real_logits.float().mean(), D_fake=fake_logits.float().mean())
+                    meter.add(D=loss_D, D_real=real_logits.mean().float(), D_fake=fake_logits.mean().float())
                 finish_step(optimizer_D)
 
             # Generator: -E[ D(G(z, y), y) ], in stage 2 - lambda_dgl E[ D_T(G(z, y), y) ], D_T being frozen
@@ -234,8 +233,9 @@ def train(args, checkpoint):
             last, stage_over = step == last_step, step == stage_end
             if step % args.log_every == 0 or stage_over or last:
                 pace = step_images * (step - clock_step) / (time.perf_counter() - clock)
+                hours_left = (last_step - step) * step_images / pace / 3600
                 entry = dict(step=step, stage=stage, kimg=step * step_images / 1000, images=step * step_images)
-                entry |= dict(images_per_second=pace, hours_left=(last_step - step) * step_images / pace / 3600)
+                entry |= dict(images_per_second=pace, hours_left=hours_left)
                 models.log(args, entry | meter.means())
                 meter, clock, clock_step = LossMeter(), time.perf_counter(), step
 
@@ -251,7 +251,7 @@ def train(args, checkpoint):
                 if stage and "fid_teacher" in scores:
                     shown.pop("teacher", None)
                 with models.interruptible():
-                    scores = scores | evaluate(shown, real_stats(), inception, args)
+                    scores = scores | evaluate(shown, images, inception, to_device, args)
                 models.log(args, dict(step=step, evaluation=True) | scores)
                 if scores.get("fid_student", math.inf) < best:
                     best = scores["fid_student"]
@@ -319,31 +319,22 @@ def take_shape(args, wanted_size, pair, path):
 def draw_inputs(G, n):
     """Latents and random classes of n images."""
     device = next(G.parameters()).device
-    return torch.randn(n, G.dim_z, device=device), torch.randint(G.config["n_classes"], (n,), device=device)
+    z = torch.randn(n, G.dim_z, device=device)
+    y = torch.randint(G.config["n_classes"], (n,), device=device)
+    return z, y
 
 
-def evaluate(generators, real, inception, args):
+def evaluate(generators, images, inception, to_device, args):
     """{"fid_NAME": .., "is_NAME": ..}: Fréchet distances of each generator's images to the real ones' statistics, and
     Inception scores."""
+    kept = Path(args.out, f"{images.path.stem}_{Path(args.inception).stem}.npz")
+    real = kept_stats(kept, map(to_device, models.share_batches(images, 32, args.workers)), inception)
     scores = {}
     for name, G in generators.items():
-        fake, (scores[f"is_{name}"], _) = generated_stats(draw(G, args), inception, splits=10)
+        fake, (score, _) = generated_stats(draw(G, args), inception, splits=10)
+        scores[f"is_{name}"] = score
         scores[f"fid_{name}"] = frechet_distance(fake.mean, fake.cov, real.mean, real.cov)
     return scores
-
-
-def measure_real(images, inception, to_device, args):
-    """Statistics of the real images, kept beside checkpoint.pt for a run that goes on."""
-    path = Path(args.out, f"{images.path.stem}_{Path(args.inception).stem}.npz")
-    stats = None
-    if processes()[0] == 0 and path.exists():
-        stats = FeatureStats.load(path)
-    stats = gather(stats)[0]
-    if stats is None:
-        stats = generated_stats(map(to_device, models.share_batches(images, 32, args.workers)), inception)
-        if processes()[0] == 0:
-            stats.save(path)
-    return stats
 
 
 @torch.no_grad()
@@ -423,8 +414,10 @@ class LabelledImages(Dataset):
     def __getitem__(self, n):
         epoch, k = divmod(n, len(self))
         index = int(shuffled(len(self), self.seed, epoch)[k])
-        flip = self.mirror and np.random.default_rng([self.seed, n]).random() < 0.5
-        return self.images[index].flip(2) if flip else self.images[index], self.labels[index]
+        image = self.images[index]
+        if self.mirror and np.random.default_rng([self.seed, n]).random() < 0.5:
+            image = image.flip(2)
+        return image, self.labels[index]
 
 
 # What --toy changes; any flag on the command line wins over it.

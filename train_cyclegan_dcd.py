@@ -180,7 +180,8 @@ def train(args, checkpoint):
     clock, clock_step = time.perf_counter(), first_step
     for step in range(first_step + 1, last_step + 1):
         real_A, real_B = map(to_device, next(batches))
-        lr = args.lr * min(1.0, (schedule_steps - step + 1) / (args.epochs_decay * epoch_steps + 1))
+        steps_left = schedule_steps - step + 1
+        lr = args.lr * min(1.0, steps_left / (args.epochs_decay * epoch_steps + 1))
         for optimizer in optimizers.values():
             optimizer.param_groups[0]["lr"] = lr
         # The teacher learns at every n-th step: the ratio of the release's 10 teacher to 40 student epochs, online
@@ -188,7 +189,7 @@ def train(args, checkpoint):
 
         # Teacher: L_LSGAN(D(G(x))) + L_LSGAN(D_A(F(y))) + lambda_cycle (|F(G(x)) - x| + |G(F(y)) - y|
         #          + lambda_identity (|F(x) - x| + |G(y) - y|))
-        teacher_D.requires_grad_(False)
+        teacher_D.requires_grad_(False)  # the discriminators are fixed while the generators learn
         teacher_D_A.requires_grad_(False)
         if teacher_step and not args.freeze_teacher:
             with autocast():
@@ -233,11 +234,13 @@ def train(args, checkpoint):
             if args.d_fakes == "both":
                 fakes.append(pool_S.query(fake_S.detach()))
             with autocast():
-                real, fake = teacher_D(torch.cat([real_B, *fakes])).tensor_split([len(real_B)])
+                logits = teacher_D(torch.cat([real_B, *fakes]))
+                real, fake = logits.tensor_split([len(real_B)])
                 loss_D = discriminator_loss(real, fake, "lsgan") / 2
                 meter.add(D_T=loss_D)
                 if not args.freeze_teacher:
-                    real, fake = teacher_D_A(torch.cat([real_A, pool_A.query(fake_A)])).chunk(2)
+                    logits = teacher_D_A(torch.cat([real_A, pool_A.query(fake_A)]))
+                    real, fake = logits.chunk(2)
                     loss_D_A = discriminator_loss(real, fake, "lsgan") / 2
                     loss_D = loss_D + loss_D_A
                     meter.add(D_T_A=loss_D_A)
@@ -248,8 +251,9 @@ def train(args, checkpoint):
         if step % args.log_every == 0 or last:
             pace = global_batch * (step - clock_step) / (time.perf_counter() - clock)
             epoch = step * global_batch / len(dataset)
+            hours_left = (last_step - step) * global_batch / pace / 3600
             entry = dict(step=step, epoch=epoch, teacher_epoch=epoch / args.teacher_every, images=step * global_batch)
-            entry |= dict(lr=lr, images_per_second=pace, hours_left=(last_step - step) * global_batch / pace / 3600)
+            entry |= dict(lr=lr, images_per_second=pace, hours_left=hours_left)
             models.log(args, entry | meter.means())
             meter, clock, clock_step = LossMeter(), time.perf_counter(), step
 
@@ -300,8 +304,10 @@ def evaluate(teacher_G, student_G, test_A, test_B, inception, workers, to_device
 
     errors = []
     for x in batches(test_A):
-        errors += (student_G(x) - teacher_G(x)).abs().mean((1, 2, 3)).tolist()
-    scores = dict(student_to_teacher=float(np.mean(sum(gather(errors), []))))
+        difference = student_G(x) - teacher_G(x)
+        errors += difference.abs().mean((1, 2, 3)).tolist()
+    errors = sum(gather(errors), [])
+    scores = dict(student_to_teacher=float(np.mean(errors)))
     if inception:
         real = generated_stats(batches(test_B), inception)
         for name, net in dict(teacher=teacher_G, student=student_G).items():
@@ -313,8 +319,9 @@ def evaluate(teacher_G, student_G, test_A, test_B, inception, workers, to_device
 @torch.no_grad()
 def save_samples(path, teacher_G, student_G, dcd_loss, test_A, test_B):
     """Columns: input, teacher, student, a real B, and the input as either first connector shows it to D_T."""
-    weight = next(student_G.parameters())
-    real_A, real_B = test_A.first(4).to(weight.device), test_B.first(4).to(weight.device)
+    device = next(student_G.parameters()).device
+    real_A = test_A.first(4).to(device)
+    real_B = test_B.first(4)
     fake_B, teacher_taps = teacher_G(real_A, taps=True)
     fake_S, student_taps = student_G(real_A, taps=True)
     columns = {"input": real_A, "teacher": fake_B, "student": fake_S, "a real B": real_B}
@@ -322,8 +329,9 @@ def save_samples(path, teacher_G, student_G, dcd_loss, test_A, test_B):
         teacher_map = dcd_loss.teacher_connectors[0](teacher_taps[0])
         student_map = dcd_loss.student_connectors[0](student_taps[0])
         for name, features in {"teacher's map": teacher_map, "student's map": student_map}.items():
-            features = features / features.amax((1, 2, 3), keepdim=True).clamp(min=1e-6)
-            columns[name] = 2 * TF.resize(features, real_A.shape[2:], TF.InterpolationMode.NEAREST) - 1
+            brightest = features.amax((1, 2, 3), keepdim=True).clamp(min=1e-6)
+            shown = TF.resize(features / brightest, real_A.shape[2:], TF.InterpolationMode.NEAREST)
+            columns[name] = 2 * shown - 1
     models.save_grid(path, columns)
 
 
@@ -370,7 +378,8 @@ class UnpairedImages(Dataset):
     """
 
     def __init__(self, files_A, files_B, load_size, crop_size, seed):
-        self.domains, self.load_size, self.crop_size, self.seed = (files_A, files_B), load_size, crop_size, seed
+        self.domains = files_A, files_B
+        self.load_size, self.crop_size, self.seed = load_size, crop_size, seed
 
     def __len__(self):
         return max(map(len, self.domains))
@@ -380,7 +389,8 @@ class UnpairedImages(Dataset):
         pair = []
         for domain, files in enumerate(self.domains):
             epoch, k = divmod(n, len(files))
-            image = load_square(files, shuffled(len(files), self.seed, epoch, domain)[k], self.load_size)
+            order = shuffled(len(files), self.seed, epoch, domain)
+            image = load_square(files, order[k], self.load_size)
             top, left = rng.integers(self.load_size - self.crop_size + 1, size=2).tolist()
             image = TF.crop(image, top, left, self.crop_size, self.crop_size)
             pair.append(to_tensor(TF.horizontal_flip(image) if rng.random() < 0.5 else image))
@@ -412,25 +422,33 @@ TOY |= dict(log_every=20, sample_every=80, save_every=80)
 
 def write_toy_dataset(folder, size=104, n_train=64, n_test=8):
     """A: plain, B: striped ellipses, both on textured backgrounds."""
+
+    def picture(pixels):
+        return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
     for domain in "AB":
         for phase, count in (("train", n_train), ("test", n_test)):
             (folder / f"{phase}{domain}").mkdir(parents=True, exist_ok=True)
             for i in range(count):
                 rng = np.random.default_rng([domain == "B", phase == "test", i])
-                texture = np.kron(rng.normal(size=(size // 8, size // 8)), np.ones((8, 8)))
+                patches = rng.normal(size=(size // 8, size // 8))
+                texture = np.kron(patches, np.ones((8, 8)))[..., None]
                 green = np.array([90, 150, 70]) + rng.normal(0, 12, 3)
-                background = green + 14 * texture[..., None] + 5 * rng.normal(size=(size, size, 1))
-                image = Image.fromarray(background.clip(0, 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(1.5))
+                noise = rng.normal(size=(size, size, 1))
+                image = picture(green + 14 * texture + 5 * noise).filter(ImageFilter.GaussianBlur(1.5))
                 mask = Image.new("L", (size, size))
                 for _ in range(rng.integers(1, 3)):
-                    (x, y), (rx, ry) = rng.uniform(0.3, 0.7, 2) * size, rng.uniform(0.16, 0.28, 2) * size
+                    x, y = rng.uniform(0.3, 0.7, 2) * size
+                    rx, ry = rng.uniform(0.16, 0.28, 2) * size
                     ImageDraw.Draw(mask).ellipse((x - rx, y - ry, x + rx, y + ry), fill=255)
-                shade = np.linspace(1.1, 0.8, size)[:, None, None] * np.ones((size, size, 1))
-                coat = shade * (np.array([190, 110, 50]) + rng.normal(0, 8, 3))
+                coat = np.array([190, 110, 50]) + rng.normal(0, 8, 3)
                 if domain == "B":
-                    wave = np.arange(size)[None] + 4 * np.sin(np.arange(size)[:, None] / 9 + rng.uniform(0, 6))
-                    coat = shade * np.where(np.sin(wave * 2 * np.pi / 12) > 0, 225, 30)[..., None] * np.ones(3)
-                coat = Image.fromarray(coat.clip(0, 255).astype(np.uint8))
+                    bend = 4 * np.sin(np.arange(size) / 9 + rng.uniform(0, 6))
+                    wave = np.arange(size) + bend[:, None]
+                    stripes = np.sin(wave * 2 * np.pi / 12) > 0
+                    coat = np.where(stripes, 225, 30)[..., None]
+                shade = np.linspace(1.1, 0.8, size)[:, None, None]
+                coat = picture(shade * coat * np.ones((size, size, 3)))
                 image.paste(coat, mask=mask.filter(ImageFilter.GaussianBlur(0.7)))
                 image.save(folder / f"{phase}{domain}" / f"{i:03d}.png")
 

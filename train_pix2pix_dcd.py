@@ -178,7 +178,8 @@ def train(args, checkpoint):
     clock, clock_step = time.perf_counter(), first_step
     for step in range(first_step + 1, last_step + 1):
         real_A, real_B = map(to_device, next(batches))
-        lr = args.lr * min(1.0, (schedule_steps - step + 1) / (args.epochs_decay * epoch_steps + 1))
+        steps_left = schedule_steps - step + 1
+        lr = args.lr * min(1.0, steps_left / (args.epochs_decay * epoch_steps + 1))
         for optimizer in optimizers.values():
             optimizer.param_groups[0]["lr"] = lr
         # The teacher learns at every n-th step, the student at every one
@@ -200,13 +201,14 @@ def train(args, checkpoint):
                 images.append(fake_S.detach())
             pairs = torch.cat([torch.cat([real_A, image], 1) for image in images])
             with autocast():
-                real, fake = teacher_D(pairs).tensor_split([len(real_A)])
+                logits = teacher_D(pairs)
+                real, fake = logits.tensor_split([len(real_A)])
                 loss_D = discriminator_loss(real, fake, "hinge") / 2
             take_step(optimizer_D, loss_D)
             meter.add(D_T=loss_D)
 
         # Teacher: -E[D_T(x, G(x))] + lambda_l1 |G(x) - y|
-        teacher_D.requires_grad_(False)
+        teacher_D.requires_grad_(False)  # D_T is fixed while the generators learn
         if teacher_learns:
             with autocast():
                 loss_gan = generator_loss(teacher_D(torch.cat([real_A, fake_B], 1)), "hinge")
@@ -235,8 +237,9 @@ def train(args, checkpoint):
         if step % args.log_every == 0 or last:
             pace = global_batch * (step - clock_step) / (time.perf_counter() - clock)
             epoch = step * global_batch / len(dataset)
+            hours_left = (last_step - step) * global_batch / pace / 3600
             entry = dict(step=step, epoch=epoch, images=step * global_batch)
-            entry |= dict(lr=lr, images_per_second=pace, hours_left=(last_step - step) * global_batch / pace / 3600)
+            entry |= dict(lr=lr, images_per_second=pace, hours_left=hours_left)
             models.log(args, entry | meter.means())
             meter, clock, clock_step = LossMeter(), time.perf_counter(), step
 
@@ -290,12 +293,10 @@ def evaluate(teacher_G, student_G, test_set, inception, workers, to_device):
     for real_A, real_B in pairs():
         fake_B, fake_S = teacher_G(real_A), student_G(real_A)
         for y, t, s in zip(real_B, fake_B, fake_S, strict=True):
-            errors = dict(mae_teacher=(t - y).abs().mean(), psnr_teacher=psnr(t, y))
-            errors |= dict(mae_student=(s - y).abs().mean(), psnr_student=psnr(s, y))
-            errors |= dict(student_to_teacher=(s - t).abs().mean())
-            rows.append({name: error.item() for name, error in errors.items()})
-    rows = sum(gather(rows), [])
-    scores = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+            rows.append([mae(t, y), psnr(t, y), mae(s, y), psnr(s, y), mae(s, t)])
+    means = np.mean(sum(gather(rows), []), axis=0)
+    names = ("mae_teacher", "psnr_teacher", "mae_student", "psnr_student", "student_to_teacher")
+    scores = dict(zip(names, means.tolist(), strict=True))
     if inception:
         real = generated_stats((real_B for _, real_B in pairs()), inception)
         for name, net in dict(teacher=teacher_G, student=student_G).items():
@@ -304,9 +305,15 @@ def evaluate(teacher_G, student_G, test_set, inception, workers, to_device):
     return scores
 
 
+def mae(image, target):
+    """Mean absolute error of an image in [-1, 1]."""
+    return (image - target).abs().mean().item()
+
+
 def psnr(image, target):
-    """Peak signal-to-noise ratio, dB, of images in [-1, 1]."""
-    return 10 * (4 / (image - target).square().mean().clamp(min=1e-10)).log10()
+    """Peak signal-to-noise ratio, dB, of an image in [-1, 1]."""
+    mean_square = (image - target).square().mean().item()
+    return 10 * math.log10(4 / max(mean_square, 1e-10))
 
 
 @torch.no_grad()
@@ -324,8 +331,9 @@ def save_samples(path, teacher_G, student_G, dcd_loss, test_set):
         student_map = dcd_loss.student_connectors[0](student_taps[0])
         for name, features in {"teacher's map": teacher_map, "student's map": student_map}.items():
             features = features[:, 3:]  # the channels in which D_T expects the image
-            features = features / features.amax((1, 2, 3), keepdim=True).clamp(min=1e-6)
-            columns[name] = 2 * TF.resize(features, real_A.shape[2:], TF.InterpolationMode.NEAREST) - 1
+            brightest = features.amax((1, 2, 3), keepdim=True).clamp(min=1e-6)
+            shown = TF.resize(features / brightest, real_A.shape[2:], TF.InterpolationMode.NEAREST)
+            columns[name] = 2 * shown - 1
     models.save_grid(path, columns)
 
 
@@ -339,7 +347,10 @@ def open_data(args, out):
     if args.toy and models.processes()[0] == 0:
         write_toy_dataset(data)
     models.barrier()
-    train, test = ImageFiles(data / "train"), ImageFiles(data / ("val" if (data / "val").exists() else "test"))
+    test_folder = data / "val"
+    if not test_folder.exists():
+        test_folder = data / "test"
+    train, test = ImageFiles(data / "train"), ImageFiles(test_folder)
     for files in (train, test):
         for name, (width, height) in zip(files.names, files.check(), strict=True):
             if width % 2:
@@ -355,9 +366,13 @@ def load_pair(files, index, direction, size):
     size (bicubic)."""
     image = files.next_readable(index)
     half = image.width // 2
-    left, right = image.crop((0, 0, half, image.height)), image.crop((half, 0, 2 * half, image.height))
-    left, right = (TF.resize(part, [size, size], TF.InterpolationMode.BICUBIC) for part in (left, right))
-    return (left, right) if direction == "AtoB" else (right, left)
+    pair = []
+    for x in (0, half):
+        part = image.crop((x, 0, x + half, image.height))
+        pair.append(TF.resize(part, [size, size], TF.InterpolationMode.BICUBIC))
+    if direction == "BtoA":
+        pair.reverse()
+    return pair
 
 
 def to_tensor(image):
@@ -388,7 +403,8 @@ class PairedImages(Dataset):
         rng = np.random.default_rng([self.seed, n])
         top, left = rng.integers(self.load_size - self.crop_size + 1, size=2).tolist()
         flip = rng.random() < 0.5
-        pair = load_pair(self.files, shuffled(len(self), self.seed, epoch)[k], self.direction, self.load_size)
+        order = shuffled(len(self), self.seed, epoch)
+        pair = load_pair(self.files, order[k], self.direction, self.load_size)
         pair = [TF.crop(image, top, left, self.crop_size, self.crop_size) for image in pair]
         return [to_tensor(TF.horizontal_flip(image) if flip else image) for image in pair]
 
@@ -421,16 +437,18 @@ def write_toy_dataset(folder, size=104, n_train=96, n_test=8):
             drawing = Image.new("RGB", (size, size), "white")
             solid = Image.fromarray(np.full((size, size, 3), (225, 215, 195), np.uint8))
             for kind in rng.permutation([0, 1, rng.integers(2)]):
-                (x, y), r = rng.uniform(0.22, 0.78, 2) * size, rng.uniform(0.12, 0.22) * size
+                x, y = rng.uniform(0.22, 0.78, 2) * size
+                r = rng.uniform(0.12, 0.22) * size
                 n = (32, 3)[kind]
                 angles = rng.uniform(0, 2 * np.pi) + 2 * np.pi * np.arange(n) / n
                 corners = [(x + r * np.cos(a), y + r * np.sin(a)) for a in angles]
                 mask = Image.new("L", (size, size))
                 ImageDraw.Draw(mask).polygon(corners, fill=255)
                 ys, xs = np.mgrid[:size, :size]
-                shade = np.clip(1.15 - ((xs - x) + (ys - y)) / (3 * r), 0.4, 1.3)[..., None]
-                colour = shade * np.array([(205, 60, 50), (60, 90, 200)][kind])
-                solid.paste(Image.fromarray(colour.clip(0, 255).astype(np.uint8)), mask=mask)
+                shade = np.clip(1.15 - ((xs - x) + (ys - y)) / (3 * r), 0.4, 1.3)
+                colour = np.array([(205, 60, 50), (60, 90, 200)][kind])
+                pixels = (shade[..., None] * colour).clip(0, 255).astype(np.uint8)
+                solid.paste(Image.fromarray(pixels), mask=mask)
                 ImageDraw.Draw(drawing).polygon(
                     corners, fill="white", outline=((170, 20, 10), (10, 30, 160))[kind], width=2
                 )

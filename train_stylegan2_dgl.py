@@ -28,7 +28,7 @@ from torch.utils.data import Dataset
 
 import fid
 import models
-from fid import FeatureStats, ImageFiles, StoredSquares, frechet_distance, gather, generated_stats
+from fid import ImageFiles, StoredSquares, frechet_distance, generated_stats, kept_stats
 from losses import (
     LossMeter,
     PathLengthPenalty,
@@ -158,7 +158,6 @@ def train(args, checkpoint):
     models.open_output(args, first_step)
     images = StoredSquares(files, args.size, args.cache or out, say, args.workers)
     dataset = TrainingImages(images, args.mirror, args.seed)
-    real_stats = functools.cache(lambda: measure_real(images, inception, to_device, args))
     micro_batches = range(first_step * args.accumulate, last_step * args.accumulate)
     batches = models.run_batches(dataset, args.batch_size, micro_batches, args.workers)
     say(f"{out}: steps {first_step} to {last_step} of {stage_ends[-1]}, {len(files)} images, on {world} x {device}")
@@ -245,8 +244,9 @@ def train(args, checkpoint):
             last, stage_over = step == last_step, step == stage_end
             if step % args.log_every == 0 or stage_over or last:
                 pace = step_images * (step - clock_step) / (time.perf_counter() - clock)
+                hours_left = (last_step - step) * step_images / pace / 3600
                 entry = dict(step=step, stage=stage, kimg=step * step_images / 1000, images=step * step_images)
-                entry |= dict(images_per_second=pace, hours_left=(last_step - step) * step_images / pace / 3600)
+                entry |= dict(images_per_second=pace, hours_left=hours_left)
                 models.log(args, entry | meter.means())
                 meter, clock, clock_step = LossMeter(), time.perf_counter(), step
 
@@ -262,7 +262,7 @@ def train(args, checkpoint):
                 if stage and "fid_teacher" in scores:
                     shown.pop("teacher", None)
                 with models.interruptible():
-                    scores = scores | evaluate(shown, real_stats(), inception, args)
+                    scores = scores | evaluate(shown, images, inception, to_device, args)
                 models.log(args, dict(step=step, evaluation=True) | scores)
                 if scores.get("fid_student", math.inf) < best:
                     best = scores["fid_student"]
@@ -354,27 +354,15 @@ def draw_latents(G, n, style_mixing):
     return G.mapping(z.unbind())
 
 
-def evaluate(generators, real, inception, args):
+def evaluate(generators, images, inception, to_device, args):
     """{"fid_NAME": ..}: Fréchet distances of each generator's images to the real ones' statistics."""
+    kept = Path(args.out, f"{images.path.stem}_{Path(args.inception).stem}.npz")
+    real = kept_stats(kept, map(to_device, models.share_batches(images, 32, args.workers)), inception)
     scores = {}
     for name, G in generators.items():
         fake = generated_stats(draw(G, args), inception)
         scores[f"fid_{name}"] = frechet_distance(fake.mean, fake.cov, real.mean, real.cov)
     return scores
-
-
-def measure_real(images, inception, to_device, args):
-    """Statistics of the real images, kept beside checkpoint.pt for a run that goes on."""
-    path = Path(args.out, f"{images.path.stem}_{Path(args.inception).stem}.npz")
-    stats = None
-    if processes()[0] == 0 and path.exists():
-        stats = FeatureStats.load(path)
-    stats = gather(stats)[0]
-    if stats is None:
-        stats = generated_stats(map(to_device, models.share_batches(images, 32, args.workers)), inception)
-        if processes()[0] == 0:
-            stats.save(path)
-    return stats
 
 
 @torch.no_grad()
@@ -437,8 +425,11 @@ class TrainingImages(Dataset):
 
     def __getitem__(self, n):
         epoch, k = divmod(n, len(self))
-        image = self.images[int(shuffled(len(self), self.seed, epoch)[k])]
-        return image.flip(2) if self.mirror and np.random.default_rng([self.seed, n]).random() < 0.5 else image
+        order = shuffled(len(self), self.seed, epoch)
+        image = self.images[int(order[k])]
+        if self.mirror and np.random.default_rng([self.seed, n]).random() < 0.5:
+            image = image.flip(2)
+        return image
 
 
 # What --toy changes; any flag on the command line wins over it.
@@ -457,7 +448,10 @@ def write_toy_dataset(folder, size=32, count=512):
 
         def ellipse(draw, x, y, rx, ry, colour, half=None, scale=scale):
             box = [scale * v for v in (x - rx, y - ry, x + rx, y + ry)]
-            draw.pieslice(box, *half, fill=colour) if half else draw.ellipse(box, fill=colour)
+            if half:
+                draw.pieslice(box, *half, fill=colour)
+            else:
+                draw.ellipse(box, fill=colour)
 
         pale, dark = np.array([250, 214, 180]), np.array([120, 72, 44])
         mix = rng.random()
