@@ -1165,7 +1165,8 @@ def load_nvidia(path):
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file")
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of odd pickles, which are then read or refused
             return convert_nvidia(unpickle_nvidia(file))
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
@@ -1220,7 +1221,6 @@ def unpickle_nvidia(file):
         "dnnlib.util.EasyDict": dict,
         "dnnlib.tflib.network.Network": Stub,
         "builtins.set": set,
-        "__builtin__.set": set,
         "numpy.ndarray": Stub,
         "numpy.dtype": Stub,
         "numpy.core.multiarray._reconstruct": Stub,
@@ -1246,7 +1246,7 @@ def read_numbers(dtype, data):
 
 def convert_nvidia(content):
     """What unpickle_nvidia read -> what load_nvidia returns; InputError when G_ema and D are refused."""
-    networks, notes = dict.fromkeys(("G", "D", "G_ema")), []
+    networks, notes, refusals = dict.fromkeys(("G", "D", "G_ema")), [], []
     if isinstance(content, tuple):
         stored = {role: flatten_tensorflow(network) for role, network in zip(networks, content, strict=True)}
         training = None
@@ -1265,25 +1265,25 @@ def convert_nvidia(content):
             networks[role] = build_nvidia(role, stored.get(role, {}))
             notes.append(f"{role}: " + ", ".join(f"{key} {value}" for key, value in networks[role].config.items()))
         except ValueError as error:
-            notes.append(textwrap.shorten(f"{role} refused: {error}", 300))
+            refusals.append(textwrap.shorten(f"{role} refused: {error}", 300))
     if networks["D"] is None and networks["G_ema"] is None:
-        raise InputError("; ".join(notes) + "; give an unconditional StyleGAN2 of configuration e or f")
+        raise InputError("; ".join(refusals) + "; give an unconditional StyleGAN2 of configuration e or f")
     latent_avg = stored["G_ema"].get("mapping.w_avg") if networks["G_ema"] else None
     if latent_avg is not None:
         latent_avg = latent_avg.reshape(1, networks["G_ema"].style_dim).float()
     augment_p = stored["augment_pipe"]["p"].item() if "augment_pipe" in stored else None
     mirror = bool(training and training.get("xflip"))
-    facts = dict(latent_avg=latent_avg, augment_p=augment_p, mirror=mirror, notes=notes)
+    facts = dict(latent_avg=latent_avg, augment_p=augment_p, mirror=mirror, notes=notes + refusals)
     return {role.lower(): net for role, net in networks.items()} | facts
 
 
 def flatten_module(state, prefix=""):
     """A PyTorch module's state -> its weights and attributes, and those of its parts, by dotted name."""
     own = state | state["_parameters"] | state["_buffers"]
-    flat = {f"{prefix}{name}": value for name, value in own.items()}
+    flat = {prefix + name: value for name, value in own.items()}
     for name, part in state["_modules"].items():
         if part is not None:
-            flat |= flatten_module(part, f"{prefix}{name}.")
+            flat |= flatten_module(part, prefix + name + ".")
     return flat
 
 
