@@ -959,12 +959,10 @@ def load_trained(networks, paths, names, script):
     """
     if len(paths) > len(names):
         raise InputError(f"{len(paths)} files of weights, expected at most {len(names)}: {', '.join(names)}")
-    contents = [load_file(path) for path in paths]
-    if "networks" in contents[0]:
+    records = dict(zip(names, map(load_file, paths), strict=False))
+    if "networks" in records[names[0]]:
         trained = load_checkpoint(paths[0], script)["networks"]
         records = {name: trained[name] for name in names}
-    else:
-        records = dict(zip(names, contents, strict=False))
     load_networks(networks, records, " ".join(paths))
     return set(records)
 
@@ -974,14 +972,14 @@ def load_start(networks, teacher_names, args, checkpoint, script):
 
     teacher_names: the order of the files of --teacher. Returns the names of the networks that are trained.
     """
+    trained = set()
     if checkpoint:
         load_networks(networks, checkpoint["networks"], args.out)
-        return set(networks)
-    trained = set()
-    if args.teacher:
-        trained |= load_trained(networks, args.teacher, teacher_names, script)
-    if args.student:
-        trained |= load_trained(networks, [args.student], ("student_G",), script)
+        trained = set(networks)
+    elif args.teacher:
+        trained = load_trained(networks, args.teacher, teacher_names, script)
+    if args.student and not checkpoint:
+        load_trained(networks, [args.student], ["student_G"], script)
     return trained
 
 
@@ -1567,9 +1565,8 @@ def open_output(args, step):
         return
     out = Path(args.out)
     if args.overwrite:
-        for name in "checkpoint student best_student teacher stage1 stage2".split():
-            (out / f"{name}.pt").unlink(missing_ok=True)
-        for path in (out / "log.jsonl", out / "summary.json", *out.glob("samples/*.png")):
+        names = "checkpoint.pt student.pt best_student.pt teacher.pt stage1.pt stage2.pt log.jsonl summary.json"
+        for path in (*out.glob("samples/*.png"), *map(out.joinpath, names.split())):
             path.unlink(missing_ok=True)
     if args.resume and (out / "log.jsonl").exists():
         lines = [line for line in (out / "log.jsonl").read_text().splitlines() if line.endswith("}")]
