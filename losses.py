@@ -7,7 +7,7 @@
     take_step, update_ema, LossMeter            one update, on any number of processes
 
 DGL-GAN's objective (arXiv 2112.06502) is two generator losses: generator_loss(D_S(fake), mode) + lambda_dgl *
-generator_loss(D_T(fake), mode). Every loss is computed in float32, also under autocast.
+generator_loss(D_T(fake), mode). Differences and means are taken in float32, also under autocast.
 """
 
 import math
@@ -34,12 +34,13 @@ class DCDLoss(nn.Module):
     f_i: the i-th tapped feature map of student and teacher; c_i: its connector, 1x1 convolution, batch norm, ReLU, to
     the channels that the discriminator reads; phi: the teacher's discriminator up to its last hidden activation.
 
-    The teacher's connectors stay at their initialisation (were both trained, mapping everything to zero would be
-    optimal); the student's are trained with the student: optimise loss.student_connectors.parameters() too.
+    The teacher's connectors are random projections that never learn (were both trained, mapping everything to zero would
+    be optimal): keep them with the run, and the same in every process. The student's are trained with the student:
+    optimise loss.student_connectors.parameters() too.
 
     Args:
         student_channels, teacher_channels: channels of each tap, lists of equal length.
-        discriminator_channels: input channels of the discriminator (3; 6 for a conditional one).
+        discriminator_channels: input channels of the discriminator (3; 6 for a conditional one, all from the tap).
         tap_size: pixels. A tap whose shorter side is smaller is enlarged by the smallest whole factor that reaches it,
             nearest neighbour: 24 -> 72, 32 -> 64. At the paper's 256x256 a ResNet's taps are 64x64, where a PatchGAN of
             three layers ends in maps of 7x7; from 24x24 it would end in 2x2, and instance norm over four pixels leaves
@@ -72,19 +73,21 @@ class DCDLoss(nn.Module):
 
         Args:
             student_taps, teacher_taps: lists of feature maps (N, C_i, H_i, W_i), pairs of equal N, H and W.
-            phi: the discriminator's feature function, maps (N, discriminator_channels, H, W) -> one tensor of features.
-                The gradient passes through it: freeze its parameters, discriminator.requires_grad_(False), while the
-                student learns, or they gather gradients too.
+            phi: the discriminator's feature function, maps (N, discriminator_channels, H, W) -> one tensor of features,
+                each image's from its own maps (no batch norm). The gradient passes through it: freeze its parameters,
+                discriminator.requires_grad_(False), while the student learns, or they gather gradients too.
 
         The gradient reaches the student's taps and connectors, not the teacher's. Raises ValueError for taps that are
-        no list of as many maps as there are connectors.
+        no list of as many maps as there are connectors, and for pairs of different N, H or W.
         """
         count = len(self.student_connectors)
         for taps in (student_taps, teacher_taps):
             if not isinstance(taps, (list, tuple)) or len(taps) != count:
-                raise ValueError(f"expected a list of {count} taps, found {type(taps).__name__} of {len(taps)}")
+                raise ValueError(f"expected a list of {count} taps, found a {type(taps).__name__}")
         loss = 0.0
         for i, (student_tap, teacher_tap) in enumerate(zip(student_taps, teacher_taps, strict=True)):
+            if (len(student_tap), student_tap.shape[2:]) != (len(teacher_tap), teacher_tap.shape[2:]):
+                raise ValueError(f"taps {i}: shapes {tuple(student_tap.shape)} and {tuple(teacher_tap.shape)}")
             student_features = phi(self.enlarge(self.student_connectors[i](student_tap)))
             with torch.no_grad():
                 teacher_features = phi(self.enlarge(self.teacher_connectors[i](teacher_tap)))

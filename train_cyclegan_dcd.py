@@ -2,8 +2,8 @@
 
 A small student generator learns from a large teacher that is trained beside it. Their feature maps are compared not
 pixel by pixel but as the teacher's discriminator D_T sees them: each tapped map goes through a 1x1 connector and D_T.
-D_T also judges the student's images, and is trained together with both generators from scratch, so that it never
-outgrows the small one.
+D_T also judges the student's images, and learns together with both generators from random weights: a trained one would
+be too strong for the small student.
 
     python train_cyclegan_dcd.py --toy                                    # no data needed, minutes on a laptop
     python train_cyclegan_dcd.py --data datasets/horse2zebra              # the paper's experiment
@@ -56,7 +56,12 @@ def parse_args(argv):
     at("--load-size", type=at_least(24), help="images are first resized to this square; 286/256 of --crop-size")
     at("--toy", action="store_true", help="small networks on a synthetic data set: plain to striped objects")
     at = parser.add_argument_group("networks; a teacher or student of ours keeps its own architecture").add_argument
-    at("--teacher", nargs="+", metavar="FILE", help="trained G_A2B [G_B2A [D_B [D_A]]], or a checkpoint.pt of ours")
+    at(
+        "--teacher",
+        nargs="+",
+        metavar="FILE",
+        help="trained G of that direction [F [D of its target [D_A]]]; or checkpoint.pt",
+    )
     at("--student", metavar="FILE", help="a student.pt or checkpoint.pt of ours to start from")
     at("--teacher-arch", choices=ARCHS, default=ARCHS[0], help="the teacher's generators")
     at("--student-arch", choices=ARCHS, default=ARCHS[0], help="the student's generator")
@@ -91,8 +96,10 @@ def parse_args(argv):
         raise InputError(f"--crop-size {args.crop_size}: expected a multiple of 4, up to --load-size {args.load_size}")
     if not (args.lambda_gan or args.lambda_dcd or args.lambda_style or args.lambda_feature):
         raise InputError("all four weights of the student's objective are 0: nothing would be learnt")
-    if (args.freeze_teacher or args.d_fakes == "none") and not args.teacher:
-        raise InputError("--freeze-teacher and --d-fakes none need a trained --teacher FILE")
+    if args.freeze_teacher and not args.teacher:
+        raise InputError("--freeze-teacher needs a trained --teacher FILE")
+    if args.d_fakes == "none" and not args.freeze_teacher:
+        raise InputError("--d-fakes none needs --freeze-teacher: against a frozen D_T no teacher learns")
     return args, checkpoint
 
 
@@ -114,7 +121,8 @@ def train(args, checkpoint):
     # Data: A is the source domain, B the target
     dataset, test_A, test_B = open_data(args, out)
 
-    # Networks: the teacher is a whole CycleGAN, G translates A to B and F back, D judges B and D_A judges A
+    # Networks: the teacher is a whole CycleGAN. G (the paper's G_T) translates A to B and F back, teacher_D (the
+    # paper's D_T) judges B and D_A judges A
     torch.manual_seed(args.seed)
     teacher_G = init_weights(build_generator(args.teacher_arch, args.teacher_ngf))
     teacher_F = init_weights(build_generator(args.teacher_arch, args.teacher_ngf))
@@ -124,16 +132,17 @@ def train(args, checkpoint):
     networks = dict(teacher_G=teacher_G, teacher_F=teacher_F, teacher_D=teacher_D, teacher_D_A=teacher_D_A)
     networks["student_G"] = student_G
     teacher_names = ("teacher_G", "teacher_F", "teacher_D", "teacher_D_A")
+    # Files of ours bring their configuration along: so the weights come before what is built to fit the networks
     trained = models.load_start(networks, teacher_names, args, checkpoint, NAME)
     if args.d_fakes == "none" and "teacher_D" not in trained:
-        raise InputError("--d-fakes none: --teacher needs the trained D_B too")
+        raise InputError("--d-fakes none: --teacher needs its trained D too")
 
     # Losses: taps are the feature maps that are compared, see the generators' forward
     if args.distill == "dcd":
-        dcd_loss = DCDLoss(student_G.tap_channels, teacher_G.tap_channels, 3, args.tap_size)
+        distill_loss = DCDLoss(student_G.tap_channels, teacher_G.tap_channels, 3, args.tap_size)
     else:
-        dcd_loss = PixelLoss(student_G.tap_channels, teacher_G.tap_channels)
-    networks["dcd_loss"] = dcd_loss
+        distill_loss = PixelLoss(student_G.tap_channels, teacher_G.tap_channels)
+    networks["distill_loss"] = distill_loss  # it has the connectors
     perceptual_loss = None
     if args.lambda_style or args.lambda_feature:
         perceptual_loss = PerceptualLoss(args.vgg).to(device, memory_format=layout)
@@ -153,7 +162,7 @@ def train(args, checkpoint):
     adam = functools.partial(torch.optim.Adam, lr=args.lr, betas=(0.5, 0.999), fused=True)
     optimizer_G = adam([*teacher_G.parameters(), *teacher_F.parameters()])
     optimizer_D = adam([*teacher_D.parameters(), *teacher_D_A.parameters()])
-    optimizer_S = adam([*student_G.parameters(), *dcd_loss.student_connectors.parameters()])
+    optimizer_S = adam([*student_G.parameters(), *distill_loss.student_connectors.parameters()])
     optimizers = dict(teacher_G=optimizer_G, teacher_D=optimizer_D, student_G=optimizer_S)
 
     # Steps
@@ -162,10 +171,10 @@ def train(args, checkpoint):
     schedule_steps = (args.epochs + args.epochs_decay) * epoch_steps
     last_step = min(schedule_steps, args.max_steps or schedule_steps)
     first_step, best, scores, meter = 0, math.inf, {}, LossMeter()
+    torch.manual_seed(args.seed + rank)  # each process has random numbers of its own
     pool_B, pool_A, pool_S = (ImagePool(args.pool_size) for _ in range(3))
 
     # Resume
-    torch.manual_seed(args.seed + rank)
     if checkpoint:
         own = models.restore(checkpoint, networks, optimizers)
         first_step, best, scores = checkpoint["step"], checkpoint["best"], checkpoint["scores"]
@@ -184,17 +193,19 @@ def train(args, checkpoint):
         lr = args.lr * min(1.0, steps_left / (args.epochs_decay * epoch_steps + 1))
         for optimizer in optimizers.values():
             optimizer.param_groups[0]["lr"] = lr
-        # The teacher learns at every n-th step: the ratio of the release's 10 teacher to 40 student epochs, online
+        # The teacher and its discriminators learn at every n-th step. (The released code alternates 10 epochs of the
+        # teacher with 40 of the student: the same 1 to 4, here interleaved.)
         teacher_step = (step - 1) % args.teacher_every == 0
 
-        # Teacher: L_LSGAN(D(G(x))) + L_LSGAN(D_A(F(y))) + lambda_cycle (|F(G(x)) - x| + |G(F(y)) - y|
-        #          + lambda_identity (|F(x) - x| + |G(y) - y|))
+        # Teacher, x being real_A and y real_B:
+        # L_LSGAN(D_T(G(x))) + L_LSGAN(D_A(F(y)))
+        # + lambda_cycle (|F(G(x)) - x| + |G(F(y)) - y| + lambda_identity (|F(x) - x| + |G(y) - y|))
         teacher_D.requires_grad_(False)  # the discriminators are fixed while the generators learn
         teacher_D_A.requires_grad_(False)
         if teacher_step and not args.freeze_teacher:
             with autocast():
                 # One pass of G for x and y, one of F for y, x and G(x)
-                images_B, taps = teacher_G(torch.cat([real_A, real_B]), taps=True)
+                images_B, taps_of_both = teacher_G(torch.cat([real_A, real_B]), taps=True)
                 fake_B, idt_B = images_B.chunk(2)
                 fake_A, idt_A, rec_A = teacher_F(torch.cat([real_B, real_A, fake_B])).chunk(3)
                 rec_B = teacher_G(fake_A)
@@ -203,18 +214,21 @@ def train(args, checkpoint):
             loss_identity = (idt_A - real_A).abs().mean() + (idt_B - real_B).abs().mean()
             take_step(optimizer_G, loss_gan + args.lambda_cycle * (loss_cycle + args.lambda_identity * loss_identity))
             meter.add(G_T_gan=loss_gan, G_T_cycle=loss_cycle, G_T_identity=loss_identity)
+            # The student learns from the same pass
             fake_A, fake_B = fake_A.detach(), fake_B.detach()
-            teacher_taps = [tap.detach()[: len(real_A)] for tap in taps]
+            teacher_taps = [tap[: len(real_A)].detach() for tap in taps_of_both]
         else:
             with autocast(), torch.no_grad():
                 fake_B, teacher_taps = teacher_G(real_A, taps=True)
 
-        # Student: L_S = lambda_gan L_LSGAN(D_T(G_S(x))) + lambda_dcd L_DCD + lambda_style L_style
-        #          + lambda_feature L_feature; in float32, for bf16 in its residual blocks changes its gradient
+        # Student, taps f_i, connectors c_i, phi being D_T without its last layer:
+        # L_S = lambda_gan L_LSGAN(D_T(G_S(x))) + lambda_dcd sum_i |phi(c_i^S(f_i^S)) - phi(c_i^T(f_i^T))|
+        #       + lambda_style L_style(G_S(x), G(x)) + lambda_feature L_feature(G_S(x), G(x))
+        # G_S is not in bf16: in its residual blocks that changes the direction of the gradient.
         fake_S, student_taps = student_G(real_A, taps=True)
         with autocast():
             loss_gan = generator_loss(teacher_D(fake_S), "lsgan")
-            loss_dcd = dcd_loss(student_taps, teacher_taps, teacher_D.features)
+            loss_dcd = distill_loss(student_taps, teacher_taps, teacher_D.features)
             loss_S = args.lambda_gan * loss_gan + args.lambda_dcd * loss_dcd
             if perceptual_loss:
                 loss_style, loss_feature = perceptual_loss(fake_S, fake_B)
@@ -259,7 +273,7 @@ def train(args, checkpoint):
 
         # Samples
         if rank == 0 and args.sample_every and (step % args.sample_every == 0 or last):
-            save_samples(out / f"samples/{step:07d}.png", teacher_G, shipped, dcd_loss, test_A, test_B)
+            save_samples(out / f"samples/{step:07d}.png", teacher_G, shipped, distill_loss, test_A, test_B)
 
         # Evaluate
         if args.eval_every and (step % (args.eval_every * epoch_steps) == 0 or last):
@@ -317,20 +331,20 @@ def evaluate(teacher_G, student_G, test_A, test_B, inception, workers, to_device
 
 
 @torch.no_grad()
-def save_samples(path, teacher_G, student_G, dcd_loss, test_A, test_B):
-    """Columns: input, teacher, student, a real B, and the input as either first connector shows it to D_T."""
+def save_samples(path, teacher_G, student_G, distill_loss, test_A, test_B):
+    """Columns: input, teacher, student, a real B, and the input as each network's first connector shows it to D_T."""
     device = next(student_G.parameters()).device
     real_A = test_A.first(4).to(device)
     real_B = test_B.first(4)
     fake_B, teacher_taps = teacher_G(real_A, taps=True)
     fake_S, student_taps = student_G(real_A, taps=True)
     columns = {"input": real_A, "teacher": fake_B, "student": fake_S, "a real B": real_B}
-    if isinstance(dcd_loss, DCDLoss):
-        teacher_map = dcd_loss.teacher_connectors[0](teacher_taps[0])
-        student_map = dcd_loss.student_connectors[0](student_taps[0])
-        for name, features in {"teacher's map": teacher_map, "student's map": student_map}.items():
-            brightest = features.amax((1, 2, 3), keepdim=True).clamp(min=1e-6)
-            shown = TF.resize(features / brightest, real_A.shape[2:], TF.InterpolationMode.NEAREST)
+    if isinstance(distill_loss, DCDLoss):
+        teacher_map = distill_loss.teacher_connectors[0](teacher_taps[0])
+        student_map = distill_loss.student_connectors[0](student_taps[0])
+        for name, maps in {"teacher's map": teacher_map, "student's map": student_map}.items():
+            brightest = maps.amax((1, 2, 3), keepdim=True).clamp(min=1e-6)
+            shown = TF.resize(maps / brightest, real_A.shape[2:], TF.InterpolationMode.NEAREST)
             columns[name] = 2 * shown - 1
     models.save_grid(path, columns)
 

@@ -2,8 +2,8 @@
 
 A small student generator learns from a large teacher that is trained beside it. Their feature maps are compared not
 pixel by pixel but as the teacher's discriminator D_T sees them: each tapped map goes through a 1x1 connector and D_T.
-D_T, which reads (input, image) pairs, also judges the student's images, and is trained together with both generators
-from scratch, so that it never outgrows the small one.
+D_T, which reads (input, image) pairs, also judges the student's images, and learns together with both generators from
+random weights: a trained one would be too strong for the small student.
 
     python train_pix2pix_dcd.py --toy                                     # no data needed, minutes on a laptop
     python train_pix2pix_dcd.py --data datasets/edges2shoes               # the paper's experiment
@@ -96,8 +96,10 @@ def parse_args(argv):
         )
     if not (args.lambda_gan or args.lambda_dcd or args.lambda_style or args.lambda_feature):
         raise InputError("all four weights of the student's objective are 0: nothing would be learnt")
-    if (args.freeze_teacher or args.d_fakes == "none") and not args.teacher:
-        raise InputError("--freeze-teacher and --d-fakes none need a trained --teacher FILE")
+    if args.freeze_teacher and not args.teacher:
+        raise InputError("--freeze-teacher needs a trained --teacher FILE")
+    if args.d_fakes == "none" and not args.freeze_teacher:
+        raise InputError("--d-fakes none needs --freeze-teacher: against a frozen D_T no teacher learns")
     return args, checkpoint
 
 
@@ -119,22 +121,23 @@ def train(args, checkpoint):
     # Data: A is the input, B the target
     dataset, test_set = open_data(args, out)
 
-    # Networks: the discriminator is conditional, it reads input and image as six channels
+    # Networks: teacher_D, the paper's D_T, is conditional, it reads input and image as six channels
     torch.manual_seed(args.seed)
     teacher_G = init_weights(build_generator(args.teacher_arch, args.teacher_ngf))
     teacher_D = init_weights(PatchDiscriminator(6, args.ndf))
     student_G = init_weights(build_generator(args.student_arch, args.student_ngf))
     networks = dict(teacher_G=teacher_G, teacher_D=teacher_D, student_G=student_G)
+    # Files of ours bring their configuration along: so the weights come before what is built to fit the networks
     trained = models.load_start(networks, ("teacher_G", "teacher_D"), args, checkpoint, NAME)
     if args.d_fakes == "none" and "teacher_D" not in trained:
         raise InputError("--d-fakes none: --teacher needs the trained D too")
 
     # Losses: taps are the feature maps that are compared, see the generators' forward
     if args.distill == "dcd":
-        dcd_loss = DCDLoss(student_G.tap_channels, teacher_G.tap_channels, 6, args.tap_size)
+        distill_loss = DCDLoss(student_G.tap_channels, teacher_G.tap_channels, 6, args.tap_size)
     else:
-        dcd_loss = PixelLoss(student_G.tap_channels, teacher_G.tap_channels)
-    networks["dcd_loss"] = dcd_loss
+        distill_loss = PixelLoss(student_G.tap_channels, teacher_G.tap_channels)
+    networks["distill_loss"] = distill_loss  # it has the connectors
     perceptual_loss = None
     if args.lambda_style or args.lambda_feature:
         perceptual_loss = PerceptualLoss(args.vgg).to(device, memory_format=layout)
@@ -154,7 +157,7 @@ def train(args, checkpoint):
     adam = functools.partial(torch.optim.Adam, lr=args.lr, betas=(0.5, 0.999), fused=True)
     optimizer_G = adam(teacher_G.parameters())
     optimizer_D = adam(teacher_D.parameters())
-    optimizer_S = adam([*student_G.parameters(), *dcd_loss.student_connectors.parameters()])
+    optimizer_S = adam([*student_G.parameters(), *distill_loss.student_connectors.parameters()])
     optimizers = dict(teacher_G=optimizer_G, teacher_D=optimizer_D, student_G=optimizer_S)
 
     # Steps
@@ -163,9 +166,9 @@ def train(args, checkpoint):
     schedule_steps = (args.epochs + args.epochs_decay) * epoch_steps
     last_step = min(schedule_steps, args.max_steps or schedule_steps)
     first_step, best, scores, meter = 0, math.inf, {}, LossMeter()
+    torch.manual_seed(args.seed + rank)  # each process has random numbers of its own
 
     # Resume
-    torch.manual_seed(args.seed + rank)
     if checkpoint:
         own = models.restore(checkpoint, networks, optimizers)
         first_step, best, scores = checkpoint["step"], checkpoint["best"], checkpoint["scores"]
@@ -186,13 +189,13 @@ def train(args, checkpoint):
         teacher_step = (step - 1) % args.teacher_every == 0
         teacher_learns = teacher_step and not args.freeze_teacher
 
-        # One forward pass of either generator serves its own update, the distillation and the discriminator; the
-        # student's is in float32, for bf16 in its residual blocks changes its gradient
+        # One forward pass of each generator serves its own update, the distillation and the discriminator. G_S is not
+        # in bf16: in its residual blocks that changes the direction of the gradient.
         with autocast(), torch.set_grad_enabled(teacher_learns):
             fake_B, teacher_taps = teacher_G(real_A, taps=True)
         fake_S, student_taps = student_G(real_A, taps=True)
 
-        # Collaborative discriminator D_T: (E[max(0, 1 - D_T(x, y))] + E[max(0, 1 + D_T(x, fake))]) / 2, fakes of both
+        # Collaborative discriminator D_T, x being real_A and y real_B: (E[max(0, 1 - D_T(x, y))] + E[max(0, 1 + D_T(x, fake))]) / 2, fakes of both
         # generators alike
         if teacher_step and args.d_fakes != "none":
             teacher_D.requires_grad_(True)
@@ -216,12 +219,13 @@ def train(args, checkpoint):
             take_step(optimizer_G, loss_gan + args.lambda_l1 * loss_l1)
             meter.add(G_T_gan=loss_gan, G_T_l1=loss_l1)
 
-        # Student: L_S = lambda_gan L_GAN(D_T(x, G_S(x))) + lambda_dcd L_DCD + lambda_style L_style
-        #          + lambda_feature L_feature
+        # Student, taps f_i, connectors c_i, phi being D_T without its last layer:
+        # L_S = - lambda_gan E[D_T(x, G_S(x))] + lambda_dcd sum_i |phi(c_i^S(f_i^S)) - phi(c_i^T(f_i^T))|
+        #       + lambda_style L_style(G_S(x), G(x)) + lambda_feature L_feature(G_S(x), G(x))
         with autocast():
             loss_gan = generator_loss(teacher_D(torch.cat([real_A, fake_S], 1)), "hinge")
 
-            loss_dcd = dcd_loss(student_taps, teacher_taps, teacher_D.features)
+            loss_dcd = distill_loss(student_taps, teacher_taps, teacher_D.features)
             loss_S = args.lambda_gan * loss_gan + args.lambda_dcd * loss_dcd
             if perceptual_loss:
                 loss_style, loss_feature = perceptual_loss(fake_S, fake_B)
@@ -245,7 +249,7 @@ def train(args, checkpoint):
 
         # Samples
         if rank == 0 and args.sample_every and (step % args.sample_every == 0 or last):
-            save_samples(out / f"samples/{step:07d}.png", teacher_G, shipped, dcd_loss, test_set)
+            save_samples(out / f"samples/{step:07d}.png", teacher_G, shipped, distill_loss, test_set)
 
         # Evaluate
         if args.eval_every and (step % (args.eval_every * epoch_steps) == 0 or last):
@@ -317,8 +321,8 @@ def psnr(image, target):
 
 
 @torch.no_grad()
-def save_samples(path, teacher_G, student_G, dcd_loss, test_set):
-    """Columns: input, teacher, student, the real B, and the input as either first connector shows it to D_T."""
+def save_samples(path, teacher_G, student_G, distill_loss, test_set):
+    """Columns: input, teacher, student, the real B, and the input as each network's first connector shows it to D_T."""
     device = next(student_G.parameters()).device
     pairs = [test_set[i % len(test_set)] for i in range(4)]
     real_A = torch.stack([pair[0] for pair in pairs]).to(device)
@@ -326,13 +330,13 @@ def save_samples(path, teacher_G, student_G, dcd_loss, test_set):
     fake_B, teacher_taps = teacher_G(real_A, taps=True)
     fake_S, student_taps = student_G(real_A, taps=True)
     columns = {"input": real_A, "teacher": fake_B, "student": fake_S, "the real B": real_B}
-    if isinstance(dcd_loss, DCDLoss):
-        teacher_map = dcd_loss.teacher_connectors[0](teacher_taps[0])
-        student_map = dcd_loss.student_connectors[0](student_taps[0])
-        for name, features in {"teacher's map": teacher_map, "student's map": student_map}.items():
-            features = features[:, 3:]  # the channels in which D_T expects the image
-            brightest = features.amax((1, 2, 3), keepdim=True).clamp(min=1e-6)
-            shown = TF.resize(features / brightest, real_A.shape[2:], TF.InterpolationMode.NEAREST)
+    if isinstance(distill_loss, DCDLoss):
+        teacher_map = distill_loss.teacher_connectors[0](teacher_taps[0])
+        student_map = distill_loss.student_connectors[0](student_taps[0])
+        for name, maps in {"teacher's map": teacher_map, "student's map": student_map}.items():
+            maps = maps[:, 3:]  # the channels in which D_T expects the image
+            brightest = maps.amax((1, 2, 3), keepdim=True).clamp(min=1e-6)
+            shown = TF.resize(maps / brightest, real_A.shape[2:], TF.InterpolationMode.NEAREST)
             columns[name] = 2 * shown - 1
     models.save_grid(path, columns)
 
