@@ -195,8 +195,8 @@ def train(args, checkpoint):
             fake_B, teacher_taps = teacher_G(real_A, taps=True)
         fake_S, student_taps = student_G(real_A, taps=True)
 
-        # Collaborative discriminator D_T, x being real_A and y real_B: (E[max(0, 1 - D_T(x, y))] + E[max(0, 1 + D_T(x, fake))]) / 2, fakes of both
-        # generators alike
+        # Collaborative discriminator D_T, x being real_A, y real_B and the fakes those of both generators:
+        # (E[max(0, 1 - D_T(x, y))] + E[max(0, 1 + D_T(x, fake))]) / 2
         if teacher_step and args.d_fakes != "none":
             teacher_D.requires_grad_(True)
             images = [real_B, fake_B.detach()]
