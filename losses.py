@@ -34,7 +34,7 @@ class DCDLoss(nn.Module):
     f_i: the i-th tapped feature map of student and teacher; c_i: its connector, 1x1 convolution, batch norm, ReLU, to
     the channels that the discriminator reads; phi: the teacher's discriminator up to its last hidden activation.
 
-    The teacher's connectors are random projections that never learn: if both were, mapping everything to zero would
+    The teacher's connectors are random projections that never learn: if both sides did, mapping all to zero would
     be optimal. Save them with the run, and give every process the same. The student's are trained with the student:
     optimise loss.student_connectors.parameters() too.
 
