@@ -162,9 +162,9 @@ def train(args, checkpoint):
         own = models.restore(checkpoint, networks, {})
         first_step, best, scores = checkpoint["step"], checkpoint["best"], checkpoint["scores"]
         meter = LossMeter(own["losses"])
-        stage_now = sum(first_step > end for end in stage_ends)
-        if stage_now != checkpoint["stage"]:
-            found = f"step {first_step} of stage {checkpoint['stage']} would lie in stage {stage_now}"
+        stages_over = [end for end in stage_ends if end < first_step]
+        if stages_over != checkpoint["stages_over"]:
+            found = f"stages ended after steps {checkpoint['stages_over']}, not {stages_over}"
             raise InputError(f"{out}: {found}; stages that are over keep their lengths")
     models.open_output(args, first_step)
     images = StoredSquares(files, args.size, args.cache or out, say, args.workers, Image.Resampling.BILINEAR)
@@ -273,6 +273,7 @@ def train(args, checkpoint):
             if step % args.save_every == 0 or stage_over or last or stop_signal:
                 models.broadcast_weights(networks.values())  # running statistics and spectral vectors: rank 0's
                 record = dict(script=NAME, step=step, stage=stage, best=best, scores=scores)
+                record["stages_over"] = stage_ends[:stage]
                 own = dict(losses=meter.state())
                 models.save_checkpoint(out / "checkpoint.pt", networks, optimizers, own, **record)
                 if rank == 0 and stage:
