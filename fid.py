@@ -23,7 +23,6 @@ import json
 import os
 import pathlib
 import sys
-import tempfile
 import warnings
 import zipfile
 
@@ -215,7 +214,7 @@ class FeatureStats:
 
 
 def processes():
-    """Return (rank, number of processes) of torch.distributed, (0, 1) without it."""
+    """Return (rank, number of processes) of torch.distributed, (0, 1) without it. As in models.py."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
@@ -245,12 +244,15 @@ def first_line(error):
 @contextlib.contextmanager
 def part_of(path):
     """Give the path of a file to write: whole, it is moved to path, after an error it goes. Makes path's folder."""
-    folder = pathlib.Path(path).parent
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        part = pathlib.Path(temporary, "part")
+    part = pathlib.Path(f"{path}.{os.getpid()}.tmp")  # two runs may want the same file at once
+    part.parent.mkdir(parents=True, exist_ok=True)
+    try:
         yield part
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
         os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -402,7 +404,7 @@ def generated_stats(batches, inception, splits=None):
 
     batches: iterable of float images (N, 3, H, W) in [-1, 1] on any device; values outside are clipped, and all are
     rounded to 8 bits like the files that image_stats reads. With torch.distributed initialised, every process has to
-    call it, the process r with the images r, r + world, ..., and all return the same.
+    call it, the process r with the images r, r + world, ... (their order counts for the score); all return the same.
     """
     rounded = (((images.float().clamp(-1, 1) + 1) * 127.5).round() / 255 for images in batches)
     if splits is None:
@@ -411,11 +413,13 @@ def generated_stats(batches, inception, splits=None):
     return stats, inception_score(kept["logits"], splits)
 
 
-def kept_stats(path, batches, inception):
-    """Return generated_stats(batches, inception), kept in the .npz at path: where it exists, batches are not touched.
+def kept_stats(name, batches, inception):
+    """Return generated_stats(batches, inception), kept in NAME_WEIGHTS.npz: where it exists, batches are not touched.
 
-    Rank 0's file counts; every process has to call this.
+    WEIGHTS tells the network's weights apart. Rank 0's file counts; every process has to call this.
     """
+    weights = hashlib.sha256(inception.fc.weight.cpu().numpy().tobytes()).hexdigest()[:8]
+    path = f"{name}_{weights}.npz"
     stats = None
     if processes()[0] == 0 and os.path.exists(path):
         stats = FeatureStats.load(path)
@@ -434,7 +438,7 @@ def kept_stats(path, batches, inception):
 def to_rgb(image):
     """Convert a PIL image of any mode to 8-bit RGB: turned as its EXIF data say, transparency on white.
 
-    Otherwise Pillow's conversion, but 16-bit grey is scaled, not clipped.
+    Otherwise Pillow's conversion, but 16-bit grey is scaled, not clipped. As in models.py.
     """
     image.load()
     with contextlib.suppress(Exception):  # damaged EXIF data count for none
@@ -469,7 +473,10 @@ class ImageFiles:
         self.source = os.fspath(source)
         self.zipped = zipfile.is_zipfile(source)
         if self.zipped:
-            names = open_archive(self.source, os.getpid()).namelist()
+            try:
+                names = open_archive(self.source, os.getpid()).namelist()
+            except zipfile.BadZipFile as error:
+                raise InputError(f"{source}: a damaged .zip ({first_line(error)})") from error
         else:
             names = glob.glob("**", root_dir=source, recursive=True)
         visible = [name for name in names if "/." not in f"/{name}"]

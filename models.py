@@ -1,11 +1,11 @@
-"""Networks of the two papers, their weights on disk and in several processes, and their cost.
+"""Networks of the two papers, their weights on disk, and what a training run needs.
 
     ResnetGenerator, UnetGenerator, PatchDiscriminator      CycleGAN, Pix2Pix and their compressed forms (DCD)
     StyleGAN2Generator, StyleGAN2Discriminator              StyleGAN2 at any width (DGL-GAN)
     BigGANGenerator, BigGANDiscriminator                    BigGAN at any width (DGL-GAN)
-    start_processes, run_batches, take_step, update_ema     training
-    save_generator, load_generator, load_networks, save_checkpoint, load_file, load_weights, write_atomically
-    save_grid, count_macs, compare
+    save_generator, load_generator, load_weights, load_nvidia, write_atomically     weights on disk
+    parse_run, run_script, save_checkpoint, restore, run_batches, log               a training run
+    translate, draw_samples, count_macs                                             using a compressed generator
 
 State dicts have the keys and shapes of the reference implementations, so their checkpoints load strictly. This file
 imports nothing from the rest of the project: copy it beside a student.pt to use the compressed generator.
@@ -526,7 +526,8 @@ class StyleGAN2Generator(nn.Module):
             buffer = getattr(self.noises, f"noise_{n}")
             return buffer.new_empty(len(latents), *buffer.shape[1:]).normal_() if noise == "random" else buffer
 
-        x = self.input.input.repeat(len(latents), 1, 1, 1).contiguous(memory_format=torch.channels_last)
+        x = self.input.input.repeat(len(latents), 1, 1, 1)
+        x = x.contiguous(memory_format=fast_layout(x.device))
         x = self.conv1(x, latents[:, 0], layer_noise(0))
         image = self.to_rgb1(x, latents[:, 1])
         for i, to_rgb in enumerate(self.to_rgbs):
@@ -914,10 +915,12 @@ def pack(net):
 
 
 def configure(net, config, source):
-    """Builds net anew, in place, with the arguments of config; InputError naming source if it takes no such."""
+    """Builds net anew, in place and on the CPU, with the arguments of config; InputError if it takes no such."""
+    training = getattr(net, "training", True)
     try:
         with torch.random.fork_rng(devices=[]):
             net.__init__(**config)
+        net.train(training)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{source}: no {type(net).__name__} can be built of {config} ({error})") from error
 
@@ -932,7 +935,7 @@ def load_weights(net, record, source):
     name = type(net).__name__
     if isinstance(record, dict) and "state_dict" in record:
         if record.get("network", name) != name:
-            raise InputError(f"{source}: holds a {record['network']}, expected a {name}")
+            raise InputError(f"{source}: holds a {record['network']}, expected a {name}: choose its architecture")
         if record.get("config", getattr(net, "config", None)) != getattr(net, "config", None):
             configure(net, record["config"], source)
         record = record["state_dict"]
@@ -992,6 +995,8 @@ def read_pair(paths, role, script):
         role: "teacher" or "student", whose networks are meant in a checkpoint.pt.
     """
     contents = [load_file(path) for path in paths]
+    if "network" in contents[0]:
+        raise InputError(f"{paths[0]}: a generator alone, expected a file with its discriminator: stage1.pt, stage2.pt")
     if len(paths) > 1 or not {"networks", "g", "d", "g_ema"} & contents[0].keys():
         if len(paths) > 2:
             raise InputError(f"{' '.join(paths)}: expected D [G_ema], or one file of both")
@@ -1000,10 +1005,9 @@ def read_pair(paths, role, script):
     for name in ("g", "d", "g_ema", "path"):
         if "networks" in content:
             record = load_checkpoint(paths[0], script)["networks"].get(f"{role}_{name}")
-        elif name in content:
-            record = {"state_dict": content[name]} | content.get("configs", {}).get(
-                name, stylegan2_config(content[name])
-            )
+        elif isinstance(content.get(name), dict):
+            config = content["configs"].get(name, {}) if "configs" in content else stylegan2_config(content[name])
+            record = {"state_dict": content[name]} | config
         else:
             record = None
         if record:
@@ -1016,7 +1020,7 @@ def stylegan2_config(state_dict):
     generator = "input.input" in state_dict
     if not generator and "final_linear.1.weight" not in state_dict:
         return {}
-    shapes = {key: value.shape for key, value in state_dict.items()}
+    shapes = {key: value.shape for key, value in state_dict.items() if isinstance(value, torch.Tensor)}
     pattern = r"to_rgbs\.\d+\.bias" if generator else r"convs\.\d+\.skip\.1\.weight"
     blocks = sum(re.fullmatch(pattern, key) is not None for key in shapes)
     width = shapes["input.input" if generator else "final_linear.1.weight"][1] / 512
@@ -1027,7 +1031,7 @@ def stylegan2_config(state_dict):
     if not generator:
         return dict(network="StyleGAN2Discriminator", config=config)
     config["n_mlp"] = sum(re.fullmatch(r"style\.\d+\.weight", key) is not None for key in shapes)
-    config["style_dim"] = shapes["style.1.weight"][1]
+    config["style_dim"] = shapes.get("style.1.weight", (0, 512))[1]
     return dict(network="StyleGAN2Generator", config=config)
 
 
@@ -1059,7 +1063,7 @@ def load_generator(path, device="cpu"):
         record = load_file(path)
         if "g_ema" in record:
             latent_avg = record.get("latent_avg")
-            record = read_pair([path], "student", None)["g_ema"]
+            record = read_pair([path], "student", None).get("g_ema", {})
     classes = {cls.__name__: cls for cls in (ResnetGenerator, UnetGenerator, StyleGAN2Generator, BigGANGenerator)}
     if record.get("network") not in classes or not {"config", "state_dict"} <= record.keys():
         raise InputError(f"{path}: not a file of save_generator; for a bare state dict build the network and load it")
@@ -1067,7 +1071,7 @@ def load_generator(path, device="cpu"):
     net = cls.__new__(cls)
     configure(net, record["config"], path)
     load_weights(net, record, path)
-    if latent_avg is not None:
+    if isinstance(latent_avg, torch.Tensor):
         net.latent_avg = latent_avg.reshape(1, -1).to(device)
     return net.to(device).eval()
 
@@ -1386,7 +1390,7 @@ def build_nvidia(role, flat):
 
 
 def processes():
-    """(rank, number of processes) of torch.distributed, (0, 1) without it."""
+    """(rank, number of processes) of torch.distributed, (0, 1) without it. Also in fid.py, which works alone."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
@@ -1634,11 +1638,14 @@ def load_checkpoint(path, script):
 def restore(checkpoint, networks, optimizers):
     """Loads networks, optimisers and this process's random state from a checkpoint -> what this process alone knew.
 
-    Raises InputError when the run had another number of processes.
+    Raises InputError when the run had another number of processes, or other networks.
     """
     rank, world = processes()
     if len(checkpoint["ranks"]) != world:
         raise InputError(f"the run has {len(checkpoint['ranks'])} processes, found {world}: start as many")
+    missing = networks.keys() - checkpoint["networks"].keys()
+    if missing:
+        raise InputError(f"checkpoint.pt: has no {', '.join(missing)}: of another version; start a new run")
     load_networks(networks, checkpoint["networks"], "checkpoint.pt")
     for name, optimizer in optimizers.items():
         optimizer.load_state_dict(checkpoint["optimizers"][name])
@@ -1741,8 +1748,13 @@ def run_script(name, parse_args, train, argv=None):
 
 
 def to_rgb(image):
-    """A PIL image of any mode as 8-bit RGB: turned as its EXIF data say, transparency on white."""
+    """A PIL image of any mode as 8-bit RGB: turned as its EXIF data say, transparency on white, 16 bits scaled.
+
+    As in fid.py, which works without this file.
+    """
     image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) / 257 + 0.5).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -1807,6 +1819,7 @@ def translate_folder(net, source, target):
         places.add(place)
         place.parent.mkdir(parents=True, exist_ok=True)
         translate(net, image).save(place)
+        print(place)
     print(f"{len(places)} pictures translated into {target}, {len(paths) - len(places)} files skipped")
 
 
@@ -1829,6 +1842,7 @@ def draw_samples(net, target, count, truncation, seed):
             image = net(torch.randn(1, net.style_dim, generator=generator).to(device), truncation, center)[0]
         to_image(image).save(Path(target, f"{n:05d}.png"))
         images = (images + [image])[:64]
+        print(f"{n + 1}/{count}", end="\r", flush=True)
     grid = Path(target).with_name(f"{Path(target).name}_grid.png")
     save_grid(grid, {f"truncation {truncation:g}, seed {seed}": torch.stack(images)}, 8)
     print(f"{count} pictures in {target}, the first in {grid}")
@@ -1873,12 +1887,16 @@ def measure_cost(name, net, *inputs):
     return cost
 
 
-def write_summary(out, step, scores, networks, *inputs):
-    """Prints, and writes to summary.json in the folder out, a run's last scores and what its networks cost."""
-    costs = {name: measure_cost(name, net, *inputs) for name, net in networks.items()}
+def write_summary(out, step, scores, calls):
+    """Prints, and writes to summary.json in the folder out, a run's last scores and what its networks cost.
+
+    calls: name to (network, input, ..), what is called once.
+    """
+    costs = {name: measure_cost(name, *call) for name, call in calls.items()}
     write_json(out / "summary.json", dict(steps=step, scores=scores) | costs)
-    print("  ".join(f"{name} {value:.4g}" for name, value in scores.items()))
-    print(f"generator: {out}/student.pt, pictures: {out}/samples")
+    for name, value in scores.items():
+        print(f"{name} {value:.4g}")
+    print(f"generators, checkpoint.pt, samples/: in {out}")
 
 
 def print_costs(device):

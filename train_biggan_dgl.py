@@ -69,7 +69,7 @@ def parse_args(argv):
         type=int,
         choices=(0, 16, 32, 64, 128),
         default=64,
-        help="side of the maps that it reads; 0: none",
+        help="side of the maps that an attention layer reads; 0: none",
     )
     at("--init", choices=("orthogonal", "normal"), default="orthogonal", help="of the weights; normal: N(0, 0.02)")
     at("--sn-eps", type=at_least(0.0), default=1e-6, help="epsilon of the spectral norm")
@@ -118,28 +118,23 @@ def train(args, checkpoint):
     bf16 = args.amp == "bf16" or (args.amp == "auto" and models.has_bf16(device))
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
     layout = models.fast_layout(device)
-    files, classes, labels = open_data(args, out)
+    files, classes, labels = open_data(args, out, checkpoint)
 
     def to_device(images):
         """uint8 on the host -> [-1, 1] on the device."""
         return images.to(device, memory_format=layout, non_blocking=True).float() / 127.5 - 1
 
-    # Networks: a pair is G, D and G's moving average; of a teacher that is given, D alone is needed
+    # Networks: a pair is G, D and G's moving average. Files that are given decide the shape of both pairs
+    records = checkpoint["networks"] if checkpoint else read_given(args, len(classes))
+    args.size = args.size or 128
     torch.manual_seed(args.seed)
-    wanted_size, args.size = args.size, args.size or 128
     teacher = build_pair(args, args.teacher_ch, args.teacher_ch, len(classes))
-    teacher_names = ["g", "d", "g_ema"] if args.teacher_kimg else []
-    if checkpoint:
-        teacher_names = [name for name in teacher if f"teacher_{name}" in checkpoint["networks"]]
-    elif args.teacher:
-        teacher_names = load_pair(teacher, args.teacher, "teacher", ["d"])
-        take_shape(args, wanted_size, teacher, args.teacher[0])
     student = build_pair(args, args.student_ch, args.student_d_ch, len(classes))
-    if args.student and not checkpoint:
-        load_pair(student, [args.student], "student", ["g", "d", "g_ema"])
-        take_shape(args, args.size if args.teacher else wanted_size, student, args.student)
-    networks = {f"teacher_{name}": teacher[name] for name in teacher_names}
-    networks |= {f"student_{name}": net for name, net in student.items()}
+    networks = {f"student_{name}": net for name, net in student.items()}
+    for name, net in teacher.items():  # of a teacher that is given, D alone is needed
+        if f"teacher_{name}" in records or (args.teacher_kimg and not checkpoint):
+            networks[f"teacher_{name}"] = net
+    models.load_networks(networks, records, out if checkpoint else "a file of --teacher or --student")
     for net in networks.values():
         net.to(device, memory_format=layout).requires_grad_(False)
     models.broadcast_weights(networks.values())
@@ -173,6 +168,15 @@ def train(args, checkpoint):
     batches = models.run_batches(dataset, args.batch_size, numbers, args.workers)
     say(f"{out}: steps {first_step} to {last_step} of {stage_ends[-1]}, {step_images} images each, {world} x {device}")
 
+    def save(step, stage):
+        models.broadcast_weights(networks.values())  # running statistics and spectral vectors: rank 0's
+        own = dict(losses=meter.state())
+        record = dict(script=NAME, step=step, stage=stage, best=best, scores=scores)
+        record["stages_over"] = stage_ends[:stage]
+        models.save_checkpoint(out / "checkpoint.pt", networks, optimizers, own, **record)
+        if rank == 0 and stage:
+            models.save_generator(out / "student.pt", student["g_ema"], classes=classes)
+
     for stage, (stage_start, stage_end) in enumerate(itertools.pairwise((0, *stage_ends))):
         steps = range(max(first_step, stage_start) + 1, min(stage_end, last_step) + 1)
         if not steps:
@@ -181,9 +185,12 @@ def train(args, checkpoint):
         pair, teacher_D = student, teacher["d"]
         if stage == 0:
             pair = teacher
-        else:  # the teacher's G has served
-            networks.pop("teacher_g", None)
+        else:  # of the teacher, D and G's average are needed from here on
+            for name in teacher.keys() & {"g", "path"}:
+                networks.pop(f"teacher_{name}", None)
+                del teacher[name]
             teacher_D.eval()  # frozen: in train mode its spectral vectors would move
+            teacher_D.zero_grad()
         G, D, G_ema = pair["g"], pair["d"], pair["g_ema"]
         adam = functools.partial(torch.optim.Adam, betas=(0.0, 0.999), eps=args.adam_eps, fused=True)
         optimizer_G, optimizer_D = adam(G.parameters(), lr=args.lr), adam(D.parameters(), lr=args.d_lr)
@@ -252,8 +259,20 @@ def train(args, checkpoint):
             if rank == 0 and args.sample_every and (step % args.sample_every == 0 or stage_over or last):
                 save_samples(out / f"samples/stage{stage}_{step:07d}.png", shown, classes, args.seed)
 
+            # Save, and stop if a signal asks for it
+            stop_signal = models.stop_asked()
+            due = inception and (step % eval_steps == 0 or stage_over or last)
+            if rank == 0 and stage_over:
+                name = BUDGETS[stage].removesuffix("_kimg")
+                models.save_pair(out / f"{name}.pt", pair)
+            if step % args.save_every == 0 or due or stage_over or last or stop_signal:
+                save(step, stage)
+            if stop_signal:
+                say(f"stopped after step {step}, saved; go on: --out {out} --resume")
+                sys.exit(128 + stop_signal)
+
             # Evaluate; a teacher that no longer learns is measured once
-            if inception and (step % eval_steps == 0 or stage_over or last):
+            if due:
                 if stage and "fid_teacher" in scores:
                     shown.pop("teacher", None)
                 with models.interruptible():
@@ -263,32 +282,17 @@ def train(args, checkpoint):
                     best = scores["fid_student"]
                     if rank == 0:
                         models.save_generator(out / "best_student.pt", student["g_ema"], classes=classes)
+                save(step, stage)
                 clock, clock_step = time.perf_counter(), step
 
-            # Save, and stop if a signal asks for it
-            stop_signal = models.stop_asked()
-            if rank == 0 and stage_over:
-                name = BUDGETS[stage].removesuffix("_kimg")
-                models.save_pair(out / f"{name}.pt", pair)
-            if step % args.save_every == 0 or stage_over or last or stop_signal:
-                models.broadcast_weights(networks.values())  # running statistics and spectral vectors: rank 0's
-                record = dict(script=NAME, step=step, stage=stage, best=best, scores=scores)
-                record["stages_over"] = stage_ends[:stage]
-                own = dict(losses=meter.state())
-                models.save_checkpoint(out / "checkpoint.pt", networks, optimizers, own, **record)
-                if rank == 0 and stage:
-                    models.save_generator(out / "student.pt", student["g_ema"], classes=classes)
-            if stop_signal:
-                say(f"stopped after step {step}, saved; go on: --out {out} --resume")
-                sys.exit(128 + stop_signal)
-
     if rank == 0:
-        z = torch.randn(1, student["g"].dim_z, device=device)
         y = torch.zeros(1, dtype=torch.long, device=device)
-        generators = dict(student=student["g_ema"])
-        if "teacher_g_ema" in networks:
-            generators = dict(teacher=teacher["g_ema"]) | generators
-        models.write_summary(out, max(first_step, last_step), scores, generators, z, y)
+        calls = {}
+        for name in ("teacher_g_ema", "student_g_ema"):
+            if name in networks:
+                G = networks[name]
+                calls[name.removesuffix("_g_ema")] = (G, torch.randn(1, G.dim_z, device=device), y)
+        models.write_summary(out, max(first_step, last_step), scores, calls)
 
 
 def build_pair(args, g_ch, d_ch, n_classes):
@@ -301,26 +305,37 @@ def build_pair(args, g_ch, d_ch, n_classes):
     return dict(g=G, d=D, g_ema=copy.deepcopy(G).eval())
 
 
-def load_pair(pair, paths, role, needed):
-    """Loads what files hold of a pair -> the names that were found. InputError without the needed ones."""
-    records = models.read_pair(paths, role, NAME)
+def read_given(args, n_classes):
+    """Reads --teacher and --student -> {"teacher_d": what load_networks takes, ..}. args take the files' shape."""
+    records = {}
+    if args.teacher:
+        pair = models.read_pair(args.teacher, "teacher", NAME)
+        take_shape(args, pair, " ".join(args.teacher), ["d"], n_classes)
+        records |= {f"teacher_{name}": pair[name] for name in ("d", "g_ema") if name in pair}
+    if args.student:
+        pair = models.read_pair([args.student], "student", NAME)
+        take_shape(args, pair, args.student, ["g", "d", "g_ema"], n_classes)
+        records |= {f"student_{name}": record for name, record in pair.items()}
+    return records
+
+
+def take_shape(args, pair, path, needed, n_classes):
+    """Gives args the shape of a pair read from path; InputError if a needed network is missing, or does not fit."""
     for name in needed:
-        if name not in records:
-            found = ", ".join(records) or "none of them"
-            raise InputError(f"{paths[0]}: has no {name!r}, expected the networks g, d and g_ema, found {found}")
-    if role == "teacher":
-        records = {name: records[name] for name in ("d", "g_ema") if name in records}
-    models.load_networks(pair, records, " ".join(paths))
-    return list(records)
-
-
-def take_shape(args, wanted_size, pair, path):
-    """Gives args the shape of a pair that was loaded from path, for what is built beside it."""
-    G, D = pair["g_ema"].config, pair["d"].config
-    if wanted_size not in (None, D["size"]):
-        raise InputError(f"{path}: its images are of {D['size']} pixels, not --size {wanted_size}")
-    args.size, args.attention, args.sn_eps = D["size"], D["attention"] or 0, D["sn_eps"]
-    args.dim_z, args.shared_dim, args.hierarchical = G["dim_z"], G["shared_dim"] or 0, G["hierarchical"]
+        if name not in pair:
+            found = ", ".join(pair) or "none of them"
+            raise InputError(f"{path}: has no {name!r}, expected the networks g, d and g_ema, found {found}")
+    D, G = pair["d"].get("config", {}), pair.get("g_ema", {}).get("config", {})
+    size = D.get("size", args.size)
+    if args.size not in (None, size):
+        raise InputError(f"{path}: its images are of {size} pixels, not of {args.size}")
+    if D.get("n_classes", n_classes) != n_classes:
+        raise InputError(f"{path}: it knows {D['n_classes']} classes, --data has {n_classes}")
+    args.size = size
+    if D:
+        args.attention, args.sn_eps = D["attention"] or 0, D["sn_eps"]
+    if G:
+        args.dim_z, args.shared_dim, args.hierarchical = G["dim_z"], G["shared_dim"] or 0, G["hierarchical"]
 
 
 def draw_inputs(G, n):
@@ -334,7 +349,7 @@ def draw_inputs(G, n):
 def evaluate(generators, images, inception, to_device, args):
     """{"fid_NAME": .., "is_NAME": ..}: Fréchet distances of each generator's images to the real ones' statistics, and
     Inception scores."""
-    kept = Path(args.out, f"{images.path.stem}_{Path(args.inception).stem}.npz")
+    kept = Path(args.out, images.path.stem)
     real = kept_stats(kept, map(to_device, models.share_batches(images, 32, args.workers)), inception)
     scores = {}
     for name, G in generators.items():
@@ -376,10 +391,10 @@ def save_samples(path, generators, classes, seed):
 # Data
 
 
-def open_data(args, out):
+def open_data(args, out, checkpoint):
     """The images' files, the names of the classes, and the class of each file; the toy's are written."""
     data = Path(args.data or out / "toy_data")
-    if args.toy and processes()[0] == 0:
+    if args.toy and not checkpoint and processes()[0] == 0:
         write_toy_dataset(data)
     models.barrier()
     files = ImageFiles(data)

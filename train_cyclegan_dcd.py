@@ -55,7 +55,7 @@ def parse_args(argv):
     at("--crop-size", type=at_least(24), default=256, help="side of the random crops, pixels, a multiple of 4")
     at("--load-size", type=at_least(24), help="images are first resized to this square; 286/256 of --crop-size")
     at("--toy", action="store_true", help="small networks on a synthetic data set: plain to striped objects")
-    at = parser.add_argument_group("networks; a teacher or student of ours keeps its own architecture").add_argument
+    at = parser.add_argument_group("networks; files of ours bring their own widths along").add_argument
     at(
         "--teacher",
         nargs="+",
@@ -119,7 +119,7 @@ def train(args, checkpoint):
         return images.to(device, memory_format=layout, non_blocking=True)
 
     # Data: A is the source domain, B the target
-    dataset, test_A, test_B = open_data(args, out)
+    dataset, test_A, test_B = open_data(args, out, checkpoint)
 
     # Networks: the teacher is a whole CycleGAN. G (the paper's G_T) translates A to B and F back, teacher_D (the
     # paper's D_T) judges B and D_A judges A
@@ -184,6 +184,14 @@ def train(args, checkpoint):
     models.open_output(args, first_step)
     batches = models.run_batches(dataset, args.batch_size, range(first_step, last_step), args.workers)
     say(f"{out}: steps {first_step} to {last_step} of {schedule_steps}, {epoch_steps} an epoch, on {world} x {device}")
+
+    def save(step):
+        pools = [[image.cpu() for image in pool.images] for pool in (pool_B, pool_A, pool_S)]
+        own = dict(losses=meter.state(), pools=pools)
+        record = dict(script=NAME, step=step, best=best, scores=scores)
+        models.save_checkpoint(out / "checkpoint.pt", networks, optimizers, own, **record)
+        if rank == 0:
+            models.save_generator(out / "student.pt", shipped)
 
     models.defer_signals()
     clock, clock_step = time.perf_counter(), first_step
@@ -275,8 +283,17 @@ def train(args, checkpoint):
         if rank == 0 and args.sample_every and (step % args.sample_every == 0 or last):
             save_samples(out / f"samples/{step:07d}.png", teacher_G, shipped, distill_loss, test_A, test_B)
 
+        # Save, and stop if a signal asks for it
+        stop_signal = models.stop_asked()
+        due = args.eval_every and (step % (args.eval_every * epoch_steps) == 0 or last)
+        if step % args.save_every == 0 or due or last or stop_signal:
+            save(step)
+        if stop_signal:
+            say(f"stopped after step {step}, saved; go on: --out {out} --resume")
+            sys.exit(128 + stop_signal)
+
         # Evaluate
-        if args.eval_every and (step % (args.eval_every * epoch_steps) == 0 or last):
+        if due:
             with models.interruptible():
                 scores = evaluate(teacher_G, shipped, test_A, test_B, inception, args.workers, to_device)
             models.log(args, dict(step=step, evaluation=True) | scores)
@@ -284,24 +301,13 @@ def train(args, checkpoint):
                 best = scores["fid_student"]
                 if rank == 0:
                     models.save_generator(out / "best_student.pt", shipped)
+            save(step)
             clock, clock_step = time.perf_counter(), step
-
-        # Save, and stop if a signal asks for it
-        stop_signal = models.stop_asked()
-        if step % args.save_every == 0 or last or stop_signal:
-            pools = [[image.cpu() for image in pool.images] for pool in (pool_B, pool_A, pool_S)]
-            own = dict(losses=meter.state(), pools=pools)
-            record = dict(script=NAME, step=step, best=best, scores=scores)
-            models.save_checkpoint(out / "checkpoint.pt", networks, optimizers, own, **record)
-            if rank == 0:
-                models.save_generator(out / "student.pt", shipped)
-        if stop_signal:
-            say(f"stopped after step {step}, saved; go on: --out {out} --resume")
-            sys.exit(128 + stop_signal)
 
     if rank == 0:
         image = torch.randn(1, 3, args.crop_size, args.crop_size, device=device)
-        models.write_summary(out, max(first_step, last_step), scores, dict(teacher=teacher_G, student=shipped), image)
+        calls = dict(teacher=(teacher_G, image), student=(shipped, image))
+        models.write_summary(out, max(first_step, last_step), scores, calls)
 
 
 def build_generator(arch, ngf):
@@ -353,10 +359,10 @@ def save_samples(path, teacher_G, student_G, distill_loss, test_A, test_B):
 # Data
 
 
-def open_data(args, out):
+def open_data(args, out, checkpoint):
     """The training set and the test sets of A and B, whichever way --direction turns them; every header is read."""
     data = Path(args.data or out / "toy_data")
-    if args.toy and models.processes()[0] == 0:
+    if args.toy and not checkpoint and models.processes()[0] == 0:
         write_toy_dataset(data)
     models.barrier()
     source, target = args.direction[0], args.direction[-1]

@@ -107,28 +107,24 @@ def train(args, checkpoint):
     models.check_output(args)
     bf16 = args.amp == "bf16" or (args.amp == "auto" and models.has_bf16(device))
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
-    files = open_data(args, out)
+    layout = models.fast_layout(device)
+    files = open_data(args, out, checkpoint)
 
     def to_device(images):
         """uint8 on the host -> [-1, 1] on the device."""
-        return images.to(device, memory_format=torch.channels_last, non_blocking=True).float() / 127.5 - 1
+        return images.to(device, memory_format=layout, non_blocking=True).float() / 127.5 - 1
 
-    # Networks: a pair is G, D and G's moving average; of a teacher that is given, D alone is needed
+    # Networks: a pair is G, D and G's moving average. Files that are given decide the shape of both pairs
+    records = checkpoint["networks"] if checkpoint else read_given(args)
+    args.size = args.size or 256
     torch.manual_seed(args.seed)
-    wanted_size, args.size = args.size, args.size or 256
     teacher = build_pair(args, args.teacher_width, args.teacher_width)
-    teacher_names = ["g", "d", "g_ema", "path"] if args.teacher_kimg else []
-    if checkpoint:
-        teacher_names = [name for name in teacher if f"teacher_{name}" in checkpoint["networks"]]
-    elif args.teacher:
-        teacher_names = load_pair(teacher, args.teacher, "teacher", ["d"], args)
-        take_shape(args, wanted_size, teacher, args.teacher)
     student = build_pair(args, args.student_width, args.student_d_width)
-    if args.student and not checkpoint:
-        load_pair(student, args.student, "student", ["g", "d", "g_ema"], args)
-        take_shape(args, args.size if args.teacher else wanted_size, student, args.student)
-    networks = {f"teacher_{name}": teacher[name] for name in teacher_names}
-    networks |= {f"student_{name}": net for name, net in student.items()}
+    networks = {f"student_{name}": net for name, net in student.items()}
+    for name, net in teacher.items():  # of a teacher that is given, D alone is needed
+        if f"teacher_{name}" in records or (args.teacher_kimg and not checkpoint):
+            networks[f"teacher_{name}"] = net
+    models.load_networks(networks, records, out if checkpoint else "a file of --teacher or --student")
     for net in networks.values():
         net.to(device).requires_grad_(False)
     models.broadcast_weights(networks.values())
@@ -162,6 +158,14 @@ def train(args, checkpoint):
     batches = models.run_batches(dataset, args.batch_size, micro_batches, args.workers)
     say(f"{out}: steps {first_step} to {last_step} of {stage_ends[-1]}, {len(files)} images, on {world} x {device}")
 
+    def save(step, stage):
+        own = dict(losses=meter.state())
+        record = dict(script=NAME, step=step, stage=stage, best=best, scores=scores)
+        record["stages_over"] = stage_ends[:stage]
+        models.save_checkpoint(out / "checkpoint.pt", networks, optimizers, own, **record)
+        if rank == 0 and stage:
+            models.save_generator(out / "student.pt", student["g_ema"])
+
     for stage, (stage_start, stage_end) in enumerate(itertools.pairwise((0, *stage_ends))):
         steps = range(max(first_step, stage_start) + 1, min(stage_end, last_step) + 1)
         if not steps:
@@ -170,9 +174,11 @@ def train(args, checkpoint):
         pair, teacher_D = student, teacher["d"]
         if stage == 0:
             pair = teacher
-        else:  # the teacher's G has served
-            networks.pop("teacher_g", None)
-            networks.pop("teacher_path", None)
+        else:  # of the teacher, D and G's average are needed from here on
+            for name in teacher.keys() & {"g", "path"}:
+                networks.pop(f"teacher_{name}", None)
+                del teacher[name]
+            teacher_D.zero_grad()
         G, D, G_ema, path_length = pair["g"], pair["d"], pair["g_ema"], pair["path"]
         optimizer_G = lazy_adam(G, args.lr, args.path_every if args.path_weight else None)
         optimizer_D = lazy_adam(D, args.lr, args.r1_every if args.r1_gamma else None)
@@ -196,7 +202,7 @@ def train(args, checkpoint):
                 meter.add(D=loss_D)
             finish_step(optimizer_D)
 
-            # R1: gamma / 2 E[ |grad_y D(y)|^2 ], times the steps that it stands for; in bf16 its gradient would turn
+            # R1: gamma / 2 E[ |grad_y D(y)|^2 ], times the steps that it stands for; in float32
             if args.r1_gamma and (step - 1 - stage_start) % args.r1_every == 0:
                 optimizer_D.zero_grad()
                 for real in reals:
@@ -222,7 +228,8 @@ def train(args, checkpoint):
                 (loss_G / args.accumulate).backward()
             finish_step(optimizer_G)
 
-            # Path length: E[ (|J_w^T y| - a)^2 ] on half a batch; its running mean a moves once a step
+            # Path length: E[ (|J_w^T y| - a)^2 ] on half a batch. The running mean in a moves once a step; each
+            # micro-batch, as each process, adds its own mean to a
             if args.path_weight and (step - 1 - stage_start) % args.path_every == 0:
                 optimizer_G.zero_grad()
                 lengths = 0.0
@@ -257,8 +264,21 @@ def train(args, checkpoint):
             if rank == 0 and args.sample_every and (step % args.sample_every == 0 or stage_over or last):
                 save_samples(out / f"samples/stage{stage}_{step:07d}.png", shown, args.seed)
 
+            # Save, and stop if a signal asks for it
+            stop_signal = models.stop_asked()
+            due = inception and (step % eval_steps == 0 or stage_over or last)
+            if rank == 0 and stage_over:
+                name = BUDGETS[stage].removesuffix("_kimg")
+                shape = G_ema.config | dict(latent=G_ema.style_dim)  # "latent" is the community's word
+                models.save_pair(out / f"{name}.pt", pair, args=argparse.Namespace(**shape))
+            if step % args.save_every == 0 or due or stage_over or last or stop_signal:
+                save(step, stage)
+            if stop_signal:
+                say(f"stopped after step {step}, saved; go on: --out {out} --resume")
+                sys.exit(128 + stop_signal)
+
             # Evaluate; a teacher that no longer learns is measured once
-            if inception and (step % eval_steps == 0 or stage_over or last):
+            if due:
                 if stage and "fid_teacher" in scores:
                     shown.pop("teacher", None)
                 with models.interruptible():
@@ -268,32 +288,16 @@ def train(args, checkpoint):
                     best = scores["fid_student"]
                     if rank == 0:
                         models.save_generator(out / "best_student.pt", student["g_ema"])
+                save(step, stage)
                 clock, clock_step = time.perf_counter(), step
 
-            # Save, and stop if a signal asks for it
-            stop_signal = models.stop_asked()
-            if rank == 0 and stage_over:
-                shape = dict(size=args.size, latent=args.style_dim, n_mlp=args.n_mlp)
-                shape["channel_multiplier"] = args.channel_multiplier
-                name = BUDGETS[stage].removesuffix("_kimg")
-                models.save_pair(out / f"{name}.pt", pair, args=argparse.Namespace(**shape))
-            if step % args.save_every == 0 or stage_over or last or stop_signal:
-                record = dict(script=NAME, step=step, stage=stage, best=best, scores=scores)
-                record["stages_over"] = stage_ends[:stage]
-                own = dict(losses=meter.state())
-                models.save_checkpoint(out / "checkpoint.pt", networks, optimizers, own, **record)
-                if rank == 0 and stage:
-                    models.save_generator(out / "student.pt", student["g_ema"])
-            if stop_signal:
-                say(f"stopped after step {step}, saved; go on: --out {out} --resume")
-                sys.exit(128 + stop_signal)
-
     if rank == 0:
-        z = torch.randn(1, args.style_dim, device=device)
-        generators = dict(student=student["g_ema"])
-        if "teacher_g_ema" in networks:
-            generators = dict(teacher=teacher["g_ema"]) | generators
-        models.write_summary(out, max(first_step, last_step), scores, generators, z)
+        calls = {}
+        for name in ("teacher_g_ema", "student_g_ema"):
+            if name in networks:
+                G = networks[name]
+                calls[name.removesuffix("_g_ema")] = (G, torch.randn(1, G.style_dim, device=device))
+        models.write_summary(out, max(first_step, last_step), scores, calls)
 
 
 def build_pair(args, g_width, d_width):
@@ -302,41 +306,50 @@ def build_pair(args, g_width, d_width):
     return dict(g=G, d=D, g_ema=copy.deepcopy(G), path=PathLengthPenalty(decay=0.01))
 
 
-def load_pair(pair, path, role, needed, args):
-    """Loads what a file holds of a pair, and says what it is -> the names that were found. InputError without needed.
+def read_given(args):
+    """Reads --teacher and --student -> {"teacher_d": what load_networks takes, ..}. args take the files' shape."""
+    records = {}
+    if args.teacher:
+        pair = read_file(args.teacher, "teacher", args.mirror)
+        take_shape(args, pair, args.teacher, ["d"])
+        records |= {f"teacher_{name}": pair[name] for name in ("d", "g_ema") if name in pair}
+    if args.student:
+        pair = read_file(args.student, "student", args.mirror)
+        take_shape(args, pair, args.student, ["g", "d", "g_ema"])
+        records |= {f"student_{name}": record for name, record in pair.items()}
+    return records
+
+
+def read_file(path, role, mirror):
+    """Reads a pair as models.read_pair does, or NVIDIA's, and says what it is.
 
     An NVIDIA pickle's D is given clean images: its augment_pipe is not run.
     """
-    if models.is_nvidia_pickle(path):
-        content = models.load_nvidia(path)
-        records = {name: models.pack(content[name]) for name in ("g", "d", "g_ema") if content[name]}
-        for note in content["notes"]:
-            say(f"{path}: {note}")
-        if content["augment_p"]:
-            say(
-                f"{path}: D learnt from augmented images (p = {content['augment_p']:.3g}), and is given clean ones here"
-            )
-        if content["mirror"] and not args.mirror:
-            say(f"{path}: trained on mirrored images too, use --mirror")
-    else:
-        records = models.read_pair([path], role, NAME)
+    if not models.is_nvidia_pickle(path):
+        return models.read_pair([path], role, NAME)
+    content = models.load_nvidia(path)
+    for note in content["notes"]:
+        say(f"{path}: {note}")
+    if content["augment_p"]:
+        say(f"{path}: D learnt from augmented images (p = {content['augment_p']:.3g}), and is given clean ones here")
+    if content["mirror"] and not mirror:
+        say(f"{path}: trained on mirrored images too, use --mirror")
+    return {name: models.pack(content[name]) for name in ("g", "d", "g_ema") if content[name]}
+
+
+def take_shape(args, pair, path, needed):
+    """Gives args the shape of a pair read from path; InputError if a needed network is missing, or another size."""
     for name in needed:
-        if name not in records:
-            found = ", ".join(records) or "none of them"
+        if name not in pair:
+            found = ", ".join(pair) or "none of them"
             raise InputError(f"{path}: has no {name!r}, expected the networks g, d and g_ema, found {found}")
-    if role == "teacher":
-        records = {name: records[name] for name in ("d", "g_ema") if name in records}
-    models.load_networks(pair, records, path)
-    return list(records)
-
-
-def take_shape(args, wanted_size, pair, path):
-    """Gives args the shape of a pair that was loaded from path, for what is built beside it."""
-    size = pair["d"].config["size"]
-    if wanted_size not in (None, size):
-        raise InputError(f"{path}: its images are of {size} pixels, not --size {wanted_size}")
-    args.size, args.channel_multiplier = size, pair["d"].config["channel_multiplier"]
-    args.style_dim, args.n_mlp = pair["g_ema"].config["style_dim"], pair["g_ema"].config["n_mlp"]
+    D, G = pair["d"].get("config", {}), pair.get("g_ema", {}).get("config", {})
+    size = D.get("size", args.size)
+    if args.size not in (None, size):
+        raise InputError(f"{path}: its images are of {size} pixels, not of {args.size}")
+    args.size = size
+    args.channel_multiplier = D.get("channel_multiplier", args.channel_multiplier)
+    args.style_dim, args.n_mlp = G.get("style_dim", args.style_dim), G.get("n_mlp", args.n_mlp)
 
 
 def lazy_adam(net, lr, every):
@@ -357,7 +370,7 @@ def draw_latents(G, n, style_mixing):
 
 def evaluate(generators, images, inception, to_device, args):
     """{"fid_NAME": ..}: Fréchet distances of each generator's images to the real ones' statistics."""
-    kept = Path(args.out, f"{images.path.stem}_{Path(args.inception).stem}.npz")
+    kept = Path(args.out, images.path.stem)
     real = kept_stats(kept, map(to_device, models.share_batches(images, 32, args.workers)), inception)
     scores = {}
     for name, G in generators.items():
@@ -395,10 +408,10 @@ def save_samples(path, generators, seed):
 # Data
 
 
-def open_data(args, out):
+def open_data(args, out, checkpoint):
     """The images' files; the toy's are written."""
     data = Path(args.data or out / "toy_data")
-    if args.toy and processes()[0] == 0:
+    if args.toy and not checkpoint and processes()[0] == 0:
         write_toy_dataset(data)
     models.barrier()
     files = ImageFiles(data)
