@@ -167,27 +167,24 @@ class PerceptualLoss(nn.Module):
     normalised further, as in the released code.
 
     Args:
-        weights: "auto" (ImageNet weights of torchvision, from torch's hub cache or downloaded), the path of that file,
-            or "random" for tests and demonstrations (the same random weights everywhere).
+        weights: "auto" (ImageNet weights of torchvision, from torch's hub cache or downloaded), or that file's path.
 
-    Raises an InputError, fid's for a download and models' for a file, when the weights are missing or do not fit.
+    Raises InputError when the weights are missing or do not fit.
     """
 
     relu1_2, relu2_2, relu3_3, relu4_3 = 3, 8, 15, 22
 
     def __init__(self, weights="auto"):
         super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            self.features = make_layers(cfgs["D"], batch_norm=False)[: self.relu4_3 + 1]
-            for layer in self.features:
-                if isinstance(layer, nn.Conv2d):
-                    nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-        if weights != "random":
-            path = fetch_weights(VGG16_Weights.IMAGENET1K_V1.url, "--vgg FILE") if weights == "auto" else weights
-            trained = load_file(path)
-            names = [name for name in self.features.state_dict() if f"features.{name}" in trained]
-            load_weights(self.features, {name: trained[f"features.{name}"] for name in names}, path)
+        path = weights
+        if weights == "auto":
+            path = fetch_weights(VGG16_Weights.IMAGENET1K_V1.url, "--vgg FILE")
+        trained = load_file(path)
+        with torch.device("meta"):  # no random numbers are drawn for weights that come from the file
+            features = make_layers(cfgs["D"], batch_norm=False)[: self.relu4_3 + 1]
+        self.features = features.to_empty(device="cpu")
+        names = [name for name in self.features.state_dict() if f"features.{name}" in trained]
+        load_weights(self.features, {name: trained[f"features.{name}"] for name in names}, path)
         self.requires_grad_(False)
 
     def forward(self, images, targets):
