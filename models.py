@@ -679,8 +679,8 @@ class SelfAttention(nn.Module):
     def forward(self, x):
         maps = self.theta(x), F.max_pool2d(self.phi(x), 2), F.max_pool2d(self.g(x), 2)
         query, key, value = (m.flatten(2).mT.unsqueeze(1) for m in maps)  # (N, 1, positions, channels)
-        padding = (0, -query.shape[3] % 8)  # fast kernels take multiples of 8 channels, and zeros change nothing
-        query, key = F.pad(query, padding), F.pad(key, padding)
+        if query.is_cuda:  # fast kernels take multiples of 8 channels, and zeros change nothing
+            query, key = (F.pad(x, (0, -x.shape[3] % 8)) for x in (query, key))
         attended = F.scaled_dot_product_attention(query, key, value, scale=1.0)
         return x + self.gamma * self.o(attended.mT.reshape(len(x), -1, *x.shape[2:]))
 
