@@ -110,6 +110,8 @@ def parse_args(argv):
 def train(args, checkpoint):
     device = fid.pick_device(args.device)
     rank, world = models.start_processes(device, args.amp)
+    if args.toy:
+        torch.set_num_threads(1)  # its maps are so small that two threads wait for each other
     out = Path(args.out)
     models.check_output(args)
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=args.amp == "bf16")
