@@ -236,13 +236,28 @@ class PathLengthPenalty(nn.Module):
         self.decay = decay
         self.register_buffer("mean", torch.zeros(()))
 
-    def forward(self, images, latents):
-        """images (N, 3, H, W) computed from latents (N, layers, style_dim) -> (penalty, mean length), two scalars."""
+    def lengths(self, images, latents):
+        """|J_w^T y| of each image: images (N, 3, H, W) computed from latents (N, layers, style_dim) -> (N,)."""
         noise = torch.randn_like(images) / math.sqrt(images.shape[2] * images.shape[3])
         (gradient,) = torch.autograd.grad((images * noise).sum(), latents, create_graph=True)
-        lengths = gradient.square().sum(2).mean(1).sqrt()
-        mean = self.mean.lerp(lengths.mean(), self.decay)
-        return (lengths - mean).square().mean(), lengths.mean().detach()
+        return gradient.square().sum(2).mean(1).sqrt()
+
+    def forward(self, images, latents, batch_mean=None):
+        """Images computed from latents, see lengths -> (penalty, mean length), two scalars.
+
+        batch_mean: the mean length of a larger batch that these images are a part of, a number or a scalar without
+            gradient; the mean of all its parts' penalties, with their gradients, is then the whole batch's.
+        """
+        lengths = self.lengths(images, latents)
+        own_mean = lengths.mean()
+        if batch_mean is None:
+            target = self.mean.lerp(own_mean, self.decay)
+            penalty = (lengths - target).square().mean()
+        else:
+            target = self.mean.lerp(batch_mean, self.decay)
+            slope = -2 * (batch_mean - target)  # of the whole batch's penalty by its target, which moves with own_mean
+            penalty = (lengths - target).square().mean() + slope * self.decay * (own_mean - own_mean.detach())
+        return penalty, own_mean.detach()
 
     def move(self, length):
         """Moves the running mean, once a step, towards the mean length over the processes; every process calls it."""

@@ -637,19 +637,17 @@ def test_dgl_objective(name, data, finished, tmp_path):
 
 
 def test_accumulated_gradients_are_one_batchs(data, tmp_path, monkeypatch, batches):
-    """Of D, of R1 and of G, over two micro-batches; the latents are known, with lr 0 the networks stay."""
-    latents = torch.randn(4, 4, 8, generator=torch.Generator().manual_seed(3))  # two for D, two for G
-    options = "--lr 0 --max-steps 1 --accumulate 2 --teacher-kimg 0 --stage2-kimg 0 --path-weight 0 --r1-every 1"
-    found = []
-    for gamma in (0, 10):
-        draws = iter(latents)
-        monkeypatch.setattr(
-            SCRIPTS["stylegan2_dgl"],
-            "draw_latents",
-            lambda G, n, style_mixing, draws=draws: G.mapping(next(draws)),
-        )
-        run("stylegan2_dgl", data, tmp_path, options, f"--overwrite --r1-gamma {gamma}")
-        found.append(checkpoint(tmp_path)["optimizers"])
+    """Of D, R1, G and the path length, over two micro-batches; with lr 0 the networks stay."""
+    options = "--lr 0 --max-steps 1 --accumulate 2 --teacher-kimg 0 --stage2-kimg 0 --style-mixing 0"
+    z, noise, states = [], [], []
+    mapping, randn_like = StyleGAN2Generator.mapping, torch.randn_like
+    monkeypatch.setattr(StyleGAN2Generator, "mapping", lambda G, latents: z.append(latents[0]) or mapping(G, latents))
+    monkeypatch.setattr(torch, "randn_like", lambda images: noise.append(randn_like(images)) or noise[-1])
+    for penalties in ("--r1-gamma 0 --path-weight 0", "--r1-every 1 --path-every 1"):
+        z.clear()
+        run("stylegan2_dgl", data, tmp_path, options, f"--overwrite {penalties}")
+        states.append({role: optimizer["state"] for role, optimizer in checkpoint(tmp_path)["optimizers"].items()})
+    assert same(z[4:6], z[6:8]) and same(noise[:2], noise[2:])  # path length: both of its passes
     G = load(StyleGAN2Generator(8, 8, 2, width=0.0078), weights(tmp_path)["student_g"])
     D = load(StyleGAN2Discriminator(8, width=0.01), weights(tmp_path)["student_d"])
 
@@ -658,12 +656,17 @@ def test_accumulated_gradients_are_one_batchs(data, tmp_path, monkeypatch, batch
         return torch.stack([*pair], 1).flatten(0, 1)
 
     real = (join(batches[:2]) / 127.5 - 1).requires_grad_()
-    logits, fakes, fakes_for_G = D(real), D(G(join(latents[:2]))), D(G(join(latents[2:])))
+    logits, fakes, fakes_for_G = D(real), D(G(join(z[:2]))), D(G(join(z[2:4])))
     (slope,) = torch.autograd.grad(logits.sum(), real, create_graph=True)
+    latents = mapping(G, [join(z[4:6])])
+    monkeypatch.setattr(torch, "randn_like", lambda _: join(noise[:2]))
+    path, length = PathLengthPenalty()(G.synthesis(latents), latents)
+    assert checkpoint(tmp_path)["networks"]["student_path"]["state_dict"]["mean"] == pytest.approx(length.item() / 100)
     for net, state, objective in (
-        (D, found[0]["D"]["state"], F.softplus(-logits).mean() + F.softplus(fakes).mean()),
-        (D, found[1]["D"]["state"], 10 / 2 * slope.square().sum((1, 2, 3)).mean()),
-        (G, found[0]["G"]["state"], F.softplus(-fakes_for_G).mean()),
+        (D, states[0]["D"], F.softplus(-logits).mean() + F.softplus(fakes).mean()),
+        (D, states[1]["D"], 10 / 2 * slope.square().sum((1, 2, 3)).mean()),
+        (G, states[0]["G"], F.softplus(-fakes_for_G).mean()),
+        (G, states[1]["G"], 2 * path),
     ):
         gradients = torch.autograd.grad(objective, [*net.parameters()], retain_graph=True, allow_unused=True)
         for i, (key, gradient) in enumerate(zip(dict(net.named_parameters()), gradients, strict=True)):

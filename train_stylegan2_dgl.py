@@ -196,7 +196,7 @@ def train(args, checkpoint):
             for real in reals:
                 with autocast():
                     with torch.no_grad():
-                        fake = G.synthesis(draw_latents(G, args.batch_size, args.style_mixing))
+                        fake, _ = draw_images(G, args.batch_size, args.style_mixing)
                     loss_D = discriminator_loss(D(real), D(fake), "logistic")
                 (loss_D / args.accumulate).backward()
                 meter.add(D=loss_D)
@@ -218,7 +218,7 @@ def train(args, checkpoint):
             optimizer_G.zero_grad()
             for _ in range(args.accumulate):
                 with autocast():
-                    fake = G.synthesis(draw_latents(G, args.batch_size, args.style_mixing))
+                    fake, _ = draw_images(G, args.batch_size, args.style_mixing)
                     loss_G = generator_loss(D(fake), "logistic")
                     meter.add(G=loss_G)
                     if stage == 2:
@@ -228,21 +228,26 @@ def train(args, checkpoint):
                 (loss_G / args.accumulate).backward()
             finish_step(optimizer_G)
 
-            # Path length: E[ (|J_w^T y| - a)^2 ] on half a batch. The running mean in a moves once a step; each
-            # micro-batch, as each process, adds its own mean to a
+            # Path length: E[ (|J_w^T y| - a)^2 ] on half a batch. The mean length of the batch is a part of a: with
+            # several micro-batches a first pass measures it, from the same random numbers as the second
             if args.path_weight and (step - 1 - stage_start) % args.path_every == 0:
                 optimizer_G.zero_grad()
-                lengths = 0.0
+                half, batch_mean = max(1, args.batch_size // 2), None
+                if args.accumulate > 1:
+                    batch_mean = 0.0
+                    with fork_rng(device):
+                        for _ in range(args.accumulate):
+                            with autocast():
+                                fake, w = draw_images(G, half, args.style_mixing)
+                            batch_mean += path_length.lengths(fake, w).mean().detach() / args.accumulate
                 for _ in range(args.accumulate):
                     with autocast():
-                        w = draw_latents(G, max(1, args.batch_size // 2), args.style_mixing)
-                        fake = G.synthesis(w)
-                    loss_path, length = path_length(fake, w)
+                        fake, w = draw_images(G, half, args.style_mixing)
+                    loss_path, length = path_length(fake, w, batch_mean)
                     (args.path_weight * args.path_every * loss_path / args.accumulate).backward()
-                    lengths = lengths + length
                     meter.add(path=loss_path)
                 finish_step(optimizer_G)
-                path_length.move(lengths / args.accumulate)
+                path_length.move(length if batch_mean is None else batch_mean)
                 meter.add(path_mean=path_length.mean)
             G.requires_grad_(False)
             update_ema(G_ema, G, ema_decay)
@@ -368,6 +373,17 @@ def draw_latents(G, n, style_mixing):
     return G.mapping(z.unbind())
 
 
+def draw_images(G, n, style_mixing):
+    """n images in [-1, 1], and the w, (n, layers, style_dim), that they come from."""
+    w = draw_latents(G, n, style_mixing)
+    return G.synthesis(w), w
+
+
+def fork_rng(device):
+    """Inside, random numbers are drawn as usual; afterwards it is as if none had been."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
+
+
 def evaluate(generators, images, inception, to_device, args):
     """{"fid_NAME": ..}: Fréchet distances of each generator's images to the real ones' statistics."""
     kept = Path(args.out, images.path.stem)
@@ -385,7 +401,7 @@ def draw(G, args):
     device = next(G.parameters()).device
     rank, world = processes()
     for start in range(rank * args.batch_size, args.eval_images, args.batch_size * world):
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with fork_rng(device):
             torch.manual_seed(args.seed + start)
             z = torch.randn(min(args.batch_size, args.eval_images - start), G.style_dim, device=device)
             images = G(z)
