@@ -17,7 +17,6 @@ antialiasing; but here transparency is shown on white, and EXIF orientation appl
 import argparse
 import contextlib
 import functools
-import glob
 import hashlib
 import json
 import os
@@ -438,8 +437,10 @@ def kept_stats(name, batches, inception):
 def to_rgb(image):
     """Convert a PIL image of any mode to 8-bit RGB: turned as its EXIF data say, transparency on white.
 
-    Otherwise Pillow's conversion, but 16-bit grey is scaled, not clipped. As in models.py.
+    Otherwise Pillow's conversion, but 16-bit grey is scaled, not clipped. Raises InputError for 32 bits. As in
+    models.py.
     """
+    refuse_32_bits(image)
     image.load()
     with contextlib.suppress(Exception):  # damaged EXIF data count for none
         image = ImageOps.exif_transpose(image)
@@ -454,6 +455,31 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
+def refuse_32_bits(image):
+    """Raise InputError for a PIL image of floats or 32-bit integers: black may be 0, and white 1, 255 or anything."""
+    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):  # those two have 16 bits
+        raise InputError("its values have 32 bits and no known range: save it with 8 or 16 bits")
+
+
+def find_files(folder, above=()):
+    """Return the paths of all files below a folder; links are followed. As in models.py.
+
+    Without what starts with a dot, and without what a training run wrote: any folder below that holds an args.json,
+    and in this one, if it does, samples/.
+    """
+    real = os.path.realpath(folder)
+    with os.scandir(folder) as entries:
+        entries = {entry.name: entry for entry in entries if not entry.name.startswith(".")}
+    if "args.json" in entries:
+        entries.pop("samples", None)
+    if real in above or (above and "args.json" in entries):  # a link to a folder above, or a run
+        return []
+    paths = []
+    for entry in entries.values():
+        paths += find_files(entry.path, (*above, real)) if entry.is_dir() else [entry.path]
+    return paths
+
+
 @functools.cache
 def open_archive(path, _process):
     """Open a .zip once in each process: a file handle shared between processes would share its position."""
@@ -461,35 +487,48 @@ def open_archive(path, _process):
 
 
 class ImageFiles:
-    """The images of a folder (searched recursively, links followed) or of a .zip, in the order of their names.
+    """The images of a folder (see find_files) or of a .zip, in the order of their names.
 
-    `names` are relative to the source, `files[i]` is a PIL RGB image, see to_rgb. A file counts if its name ends in one
-    of EXTENSIONS, unless it or a folder above it starts with a dot. Picklable and safe in workers.
+    `names` are relative to the source, `files[i]` is a PIL RGB image, see to_rgb; str(files) tells how many there are,
+    and how many files are none of EXTENSIONS, and left out. Picklable and safe in workers.
+    size: pixels; if given, each image is resized to this square, bicubic, as the training scripts evaluate.
     Raises InputError for a source that is neither folder nor .zip, or without images; on access for an image that is
-    unreadable, truncated, or larger than Image.MAX_IMAGE_PIXELS (found before it is decoded).
+    unreadable, truncated, of 32 bits, or larger than Image.MAX_IMAGE_PIXELS (found before it is decoded).
     """
 
-    def __init__(self, source):
-        self.source = os.fspath(source)
+    def __init__(self, source, size=None):
+        self.source, self.size = os.fspath(source), size
         self.zipped = zipfile.is_zipfile(source)
         if self.zipped:
             try:
                 names = open_archive(self.source, os.getpid()).namelist()
             except zipfile.BadZipFile as error:
                 raise InputError(f"{source}: a damaged .zip ({first_line(error)})") from error
+            names = [name for name in names if "/." not in f"/{name}" and not name.endswith("/")]
+        elif os.path.isdir(source):
+            names = [os.path.relpath(path, source) for path in find_files(source)]
         else:
-            names = glob.glob("**", root_dir=source, recursive=True)
-        visible = [name for name in names if "/." not in f"/{name}"]
-        self.names = sorted(name for name in visible if name.lower().endswith(EXTENSIONS))
+            raise InputError(f"{source}: no such folder or .zip")
+        self.names = sorted(name for name in names if name.lower().endswith(EXTENSIONS))
+        self.others = len(names) - len(self.names)
         if not self.names:
-            raise InputError(f"{source}: no such folder or .zip, or no images in it")
+            raise InputError(
+                f"{source}: no images in it, {self.others} files of other kinds; known: {' '.join(EXTENSIONS)}"
+            )
+
+    def __str__(self):
+        left_out = f", {self.others} files of other kinds left out" if self.others else ""
+        return f"{self.source}: {len(self)} images{left_out}"
 
     def __len__(self):
         return len(self.names)
 
     def __getitem__(self, index):
         with self._image(index) as image:
-            return to_rgb(image)
+            image = to_rgb(image)
+        if self.size:
+            image = image.resize((self.size, self.size), Image.Resampling.BICUBIC)
+        return image
 
     def _open(self, name):
         if self.zipped:
@@ -525,11 +564,12 @@ class ImageFiles:
     def check(self):
         """Open every header, decode nothing, and return the list of (width, height) in pixels, before EXIF turns.
 
-        Raises InputError at the first image that has no readable header or is too large.
+        Raises InputError at the first image that has no readable header, 32 bits, or is too large.
         """
         sizes = []
         for index in range(len(self)):
             with self._image(index) as image:
+                refuse_32_bits(image)
                 sizes.append(image.size)
         return sizes
 
@@ -617,6 +657,7 @@ def parse_args(argv):
     parser.add_argument("--save", metavar="FILE.npz", help="write the statistics of A")
     parser.add_argument("--kid", action="store_true", help="also the Kernel Inception Distance (no .npz)")
     parser.add_argument("--is", dest="score", action="store_true", help="also the Inception Score of A (in 10 parts)")
+    parser.add_argument("--size", type=int, help="first resize the images to SIZE x SIZE, as the training scripts do")
     parser.add_argument("--batch-size", type=int, default=50, help="images per forward pass (%(default)s)")
     workers = min(8, os.cpu_count() or 1)
     parser.add_argument("--workers", type=int, default=workers, help="processes that decode images (%(default)s)")
@@ -632,23 +673,31 @@ def parse_args(argv):
         parser.error("--kid needs the images of both sets: give folders or .zip files")
     if args.score and args.A.endswith(".npz"):
         parser.error("--is needs the images of A: give a folder or .zip file")
-    if args.batch_size < 1 or args.workers < 0:
-        parser.error("--batch-size has to be 1 or more, --workers 0 or more")
+    if args.batch_size < 1 or args.workers < 0 or (args.size or 1) < 1:
+        parser.error("--batch-size and --size have to be 1 or more, --workers 0 or more")
     return args, parser
 
 
 def run(args, device):
     """Measure, save and print what the parsed arguments ask for, as one of torch.distributed's processes."""
-    # Open both sets before either is measured: a wrong name shows at once
+    # Open both sets, and count, before either is measured
     rank = processes()[0]
     sources = [source for source in (args.A, args.B) if source is not None]
     stats, files, kept = {}, {}, {}
     for source in sources:
         if source.endswith(".npz"):
             stats[source] = FeatureStats.load(source)
+            n = stats[source].n
         else:
-            files[source] = ImageFiles(source)
+            files[source] = ImageFiles(source, args.size)
             files[source].check()
+            n = len(files[source])
+        needed = 10 if args.score and source == args.A else 2
+        if n is not None and n < needed:
+            raise InputError(f"{source}: {n} images, needed are {needed} or more (FID 2, --is 10)")
+    for source in stats:
+        if files and len(stats[source].mean) != WIDTH:
+            raise InputError(f"{source}: statistics of {len(stats[source].mean)} features, expected {WIDTH}")
 
     # Measure
     keep = []
@@ -659,6 +708,8 @@ def run(args, device):
     if files:
         inception = load_inception(args.weights, device, "--weights FILE")
     for source, images in files.items():
+        if rank == 0:
+            print(images, file=sys.stderr)
         stats[source], kept[source] = image_stats(images, inception, args.batch_size, args.workers, keep, rank == 0)
     if rank > 0:
         return

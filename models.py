@@ -11,7 +11,7 @@ State dicts have the keys and shapes of the reference implementations, so their 
 imports nothing from the rest of the project: copy it beside a student.pt to use the compressed generator.
 
     python models.py                                                        # parameters, MACs, time per image
-    python models.py student.pt photos/ translated/                         # translate a folder of pictures
+    python models.py student.pt photos/ translated/                         # translate a picture, or a folder of them
     python models.py student.pt samples/ --count 64 --truncation 0.7        # draw pictures (StyleGAN2, BigGAN)
     python models.py stylegan2-ffhq-config-f.pkl samples/                   # from NVIDIA's files, and the community's
 """
@@ -940,7 +940,17 @@ def load_weights(net, record, source):
             configure(net, record["config"], source)
         record = record["state_dict"]
     if not isinstance(record, dict) or not all(isinstance(value, torch.Tensor) for value in record.values()):
-        raise InputError(f"{source}: expected a state dict (names to tensors), found {type(record).__name__}")
+        found = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
+        found = textwrap.shorten(found, 100)
+        raise InputError(
+            f"{source}: expected names of weights to tensors, or such an entry 'state_dict', found {found}"
+        )
+    if name in ("ResnetGenerator", "UnetGenerator", "PatchDiscriminator") and net.config["norm"] == "instance":
+        statistics = [key.removesuffix("running_var") for key in record if key.endswith("running_var")]
+        if any(f"{key}weight" in record for key in statistics):
+            raise InputError(
+                f"{source}: has batch norm, networks here have instance norm: train it with --norm instance"
+            )
     try:
         net.load_state_dict(record)
     except RuntimeError as error:  # its first line is a heading, each further one names parameters
@@ -954,40 +964,40 @@ def load_networks(networks, records, source):
         load_weights(networks[name], records[name], f"{source}, {name}")
 
 
-def load_trained(networks, paths, names, script):
-    """Loads trained networks: a file each in the order of names, or all of them from one checkpoint.pt of ours.
-
-    Returns the names of those that were found. Raises InputError for more files than names, for another script's
-    checkpoint, and for a file that is missing, damaged or does not fit.
-    """
-    if len(paths) > len(names):
-        raise InputError(f"{len(paths)} files of weights, expected at most {len(names)}: {', '.join(names)}")
-    records = dict(zip(names, map(load_file, paths), strict=False))
-    if "networks" in records[names[0]]:
-        trained = load_checkpoint(paths[0], script)["networks"]
-        records = {name: trained[name] for name in names}
-    load_networks(networks, records, " ".join(paths))
-    return set(records)
-
-
 def load_start(networks, teacher_names, args, checkpoint, script):
     """Gives networks the weights that a run starts with: the checkpoint's, or those of --teacher and --student.
 
-    teacher_names: the order of the files of --teacher. Returns the names of the networks that are trained.
+    Each takes a file for each network, of the teacher in the order of teacher_names, or one checkpoint.pt of ours.
+    Returns the names of the networks that are trained. Raises InputError for more files than networks, for another
+    script's checkpoint, for a file of the other --direction, and for one that is missing, damaged or does not fit.
     """
-    trained = set()
     if checkpoint:
         load_networks(networks, checkpoint["networks"], args.out)
-        trained = set(networks)
-    elif args.teacher:
-        trained = load_trained(networks, args.teacher, teacher_names, script)
-    if args.student and not checkpoint:
-        load_trained(networks, [args.student], ["student_G"], script)
+        return set(networks)
+    trained = set()
+    given = []
+    if args.teacher:
+        given.append((args.teacher, teacher_names))
+    if args.student:
+        given.append(([args.student], ["student_G"]))
+    for paths, names in given:
+        if len(paths) > len(names):
+            raise InputError(f"{len(paths)} files of weights, expected at most {len(names)}: {', '.join(names)}")
+        records = dict(zip(names, map(load_file, paths), strict=False))
+        first = records[names[0]]
+        if first.get("direction", args.direction) != args.direction:
+            raise InputError(f"{paths[0]}: translates {first['direction']}, this run {args.direction}, see --direction")
+        if "networks" in first:
+            check_script(first, script, paths[0])
+            records = {name: first["networks"][name] for name in names}
+        load_networks(networks, records, " ".join(paths))
+        trained |= records.keys()
     return trained
 
 
 def read_pair(paths, role, script):
-    """Reads a trained generator and discriminator -> {"g", "d", "g_ema": what load_weights takes}, those there are.
+    """Reads a trained generator and discriminator -> {"g", "d", "g_ema": what load_weights takes}, those there are;
+    of a BigGAN of ours also "classes", the names of its classes.
 
     Args:
         paths: one file, {g, d, g_ema} of the community's or of save_pair, or a checkpoint.pt of the script; or bare
@@ -1002,9 +1012,13 @@ def read_pair(paths, role, script):
             raise InputError(f"{' '.join(paths)}: expected D [G_ema], or one file of both")
         return dict(zip(("d", "g_ema"), contents, strict=False))
     content, pair = contents[0], {}
+    if "networks" in content:
+        check_script(content, script, paths[0])
+    if "classes" in content:
+        pair["classes"] = content["classes"]
     for name in ("g", "d", "g_ema", "path"):
         if "networks" in content:
-            record = load_checkpoint(paths[0], script)["networks"].get(f"{role}_{name}")
+            record = content["networks"].get(f"{role}_{name}")
         elif isinstance(content.get(name), dict):
             config = content["configs"].get(name, {}) if "configs" in content else stylegan2_config(content[name])
             record = {"state_dict": content[name]} | config
@@ -1049,20 +1063,25 @@ def save_generator(path, net, **facts):
 
 
 def load_generator(path, device="cpu"):
-    """Rebuilds a generator, in eval mode on device: of save_generator, or G_ema of any StyleGAN2 that read_pair reads.
+    """Rebuilds a generator, in eval mode on device: of save_generator; G's average of a checkpoint.pt, of read_pair's
+    files, or of NVIDIA's.
 
+    What the file says besides is in its attribute facts: size (pixels, of training), direction, classes, or nothing.
     Raises InputError when the file is missing, damaged or something else.
     """
-    latent_avg = None
     if is_nvidia_pickle(path):
-        content = load_nvidia(path)
-        if content["g_ema"] is None:
-            raise InputError(f"{path}: {'; '.join(content['notes'])}")
-        record, latent_avg = pack(content["g_ema"]), content["latent_avg"]
+        facts = load_nvidia(path)
+        if facts["g_ema"] is None:
+            raise InputError(f"{path}: {'; '.join(facts['notes'])}")
+        record = pack(facts["g_ema"])
     else:
-        record = load_file(path)
-        if "g_ema" in record:
-            latent_avg = record.get("latent_avg")
+        facts = record = load_file(path)
+        if "networks" in facts:  # a checkpoint.pt: the student's, if its training has begun
+            names = ["student_G_ema", "student_G", "student_g_ema", "teacher_g_ema"]
+            if facts.get("stage") == 0:
+                names.reverse()
+            record = next(facts["networks"][name] for name in names if name in facts["networks"])
+        elif "g_ema" in facts:
             record = read_pair([path], "student", None).get("g_ema", {})
     classes = {cls.__name__: cls for cls in (ResnetGenerator, UnetGenerator, StyleGAN2Generator, BigGANGenerator)}
     if record.get("network") not in classes or not {"config", "state_dict"} <= record.keys():
@@ -1071,8 +1090,9 @@ def load_generator(path, device="cpu"):
     net = cls.__new__(cls)
     configure(net, record["config"], path)
     load_weights(net, record, path)
-    if isinstance(latent_avg, torch.Tensor):
-        net.latent_avg = latent_avg.reshape(1, -1).to(device)
+    net.facts = {name: facts[name] for name in ("size", "direction", "classes") if name in facts}
+    if isinstance(facts.get("latent_avg"), torch.Tensor):
+        net.latent_avg = facts["latent_avg"].reshape(1, -1).to(device)
     return net.to(device).eval()
 
 
@@ -1400,6 +1420,12 @@ def say(text):
         print(text, flush=True)
 
 
+def print_anything():
+    """Lets names be printed that the terminal's encoding lacks, with question marks."""
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's stream takes everything
+        sys.stdout.reconfigure(errors="replace")
+
+
 def barrier():
     """Waits until every process has come here."""
     if processes()[1] > 1:
@@ -1629,10 +1655,14 @@ def save_checkpoint(path, networks, optimizers, own, **content):
 def load_checkpoint(path, script):
     """Reads what save_checkpoint wrote with script=...; InputError for another script's or anything else."""
     content = load_file(path)
+    check_script(content, script, path)
+    return content
+
+
+def check_script(content, script, path):
     if content.get("script") != script:
         found = f"a checkpoint of train_{content['script']}.py" if "script" in content else "no checkpoint of a run"
         raise InputError(f"{path}: {found}, expected one of train_{script}.py")
-    return content
 
 
 def restore(checkpoint, networks, optimizers):
@@ -1729,6 +1759,7 @@ def stop_asked():
 
 def run_script(name, parse_args, train, argv=None):
     """The main function of a script: train(*parse_args(argv)); bad input is one line on stderr and exit status 2."""
+    print_anything()
     handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         train(*parse_args(argv))
@@ -1750,8 +1781,10 @@ def run_script(name, parse_args, train, argv=None):
 def to_rgb(image):
     """A PIL image of any mode as 8-bit RGB: turned as its EXIF data say, transparency on white, 16 bits scaled.
 
-    As in fid.py, which works without this file.
+    Raises InputError for 32 bits, whose range can't be known. As in fid.py, which works without this file.
     """
+    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
+        raise InputError("its values have 32 bits and no known range: save it with 8 or 16 bits")
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) / 257 + 0.5).clip(0, 255).astype(np.uint8))
@@ -1759,6 +1792,25 @@ def to_rgb(image):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def find_files(folder, above=()):
+    """The paths of all files below a folder; links are followed. As in fid.py.
+
+    Without what starts with a dot, and without what a training run wrote: any folder below that holds an args.json,
+    and in this one, if it does, samples/.
+    """
+    real = os.path.realpath(folder)
+    with os.scandir(folder) as entries:
+        entries = {entry.name: entry for entry in entries if not entry.name.startswith(".")}
+    if "args.json" in entries:
+        entries.pop("samples", None)
+    if real in above or (above and "args.json" in entries):  # a link to a folder above, or a run
+        return []
+    paths = []
+    for entry in entries.values():
+        paths += find_files(entry.path, (*above, real)) if entry.is_dir() else [entry.path]
+    return paths
 
 
 def save_grid(path, blocks, columns=1):
@@ -1788,8 +1840,9 @@ def translate(net, image):
     """
     pixels = np.asarray(image)
     height, width = pixels.shape[:2]
-    multiple = max(net.size_multiple, 16)  # smaller maps than 4x4 cannot be padded inside the network
-    pixels = np.pad(pixels, ((0, -height % multiple), (0, -width % multiple), (0, 0)), mode="reflect")
+    # Maps of less than 4x4, of images of 16x16, cannot be padded inside the network
+    padding = [max(-side % net.size_multiple, 16 - side) for side in (height, width)]
+    pixels = np.pad(pixels, ((0, padding[0]), (0, padding[1]), (0, 0)), mode="reflect")
     x = torch.from_numpy(pixels).to(next(net.parameters()).device).permute(2, 0, 1)[None] / 127.5 - 1
     return to_image(net(x)[0, :, :height, :width])
 
@@ -1800,52 +1853,89 @@ def to_image(pixels):
     return Image.fromarray(levels.round().byte().permute(1, 2, 0).cpu().numpy())
 
 
-def translate_folder(net, source, target):
-    """Translates every picture below the folder source into a PNG of the same name below target."""
-    paths = sorted(path for path in Path(source).rglob("*") if path.is_file())
-    if not paths:
-        raise InputError(f"{source}: no such folder, or nothing in it")
+def translate_folder(net, source, target, size=None, pairs=False):
+    """Translates a picture, or every picture below a folder, into a PNG of the same name below the folder target.
+
+    Args:
+        size: pixels; the shorter side is brought to it first. 0: it stays. None: what the network was trained at.
+        pairs: each picture is a pair, two halves side by side, of which the input is translated.
+    """
+    source, target = Path(source), Path(target)
+    if source.suffix.lower() == ".zip" or not source.exists():
+        raise InputError(f"{source}: no picture and no folder of pictures; unpack a .zip first")
+    root = source if source.is_dir() else source.parent
+    written = target.resolve()
+    if written == root.resolve() or written in root.resolve().parents:
+        raise InputError(f"{target}: holds the pictures of {source}, which could be overwritten; choose another folder")
+    paths = map(Path, find_files(source) if source.is_dir() else [source])
+    paths = sorted(path for path in paths if written not in path.resolve().parents)
+    size = net.facts.get("size", 0) if size is None else size
+    print(f"shorter sides of {size} pixels; --size 0: as they are" if size else "pictures keep their size; see --size")
     places = set()
     for path in paths:
         try:
             with Image.open(path) as opened:
                 image = to_rgb(opened)
         except Exception as error:  # Pillow's decoders raise nearly anything on what is no picture
-            print(f"skipped {path}: {' '.join(str(error).split())}", file=sys.stderr)
+            problem = f"{path}: {' '.join(str(error).split())}"
+            if path == source:
+                raise InputError(problem) from error
+            print(f"skipped {problem}", file=sys.stderr)
             continue
-        place = Path(target, path.relative_to(source)).with_suffix(".png")
+        if pairs:
+            half = image.width // 2
+            left = half if net.facts.get("direction") == "BtoA" else 0
+            image = image.crop((left, 0, left + half, image.height))
+        if size:
+            scale = size / min(image.size)
+            image = image.resize([round(scale * side) for side in image.size], Image.Resampling.BICUBIC)
+        place = (target / path.relative_to(root)).with_suffix(".png")
         if place in places:  # a.jpg has been translated, this is a.gif
             place = place.with_name(f"{path.name.replace('.', '_')}.png")
         places.add(place)
         place.parent.mkdir(parents=True, exist_ok=True)
         translate(net, image).save(place)
         print(place)
+    if not places:
+        raise InputError(f"{source}: none of its {len(paths)} files is a picture that can be read")
     print(f"{len(places)} pictures translated into {target}, {len(paths) - len(places)} files skipped")
 
 
 @torch.inference_mode()
-def draw_samples(net, target, count, truncation, seed):
+def draw_samples(net, target, count, truncation, seed, label=None):
     """Writes count pictures of a StyleGAN2 or BigGAN into the folder target, and beside it a grid of the first 64.
 
-    truncation: StyleGAN2's w is moved to its mean so far; BigGAN's z has no entry beyond it, classes take turns.
+    Args:
+        truncation: StyleGAN2's w is moved to its mean so far; BigGAN's z has no entry beyond it.
+        label: BigGAN's class, a number; None: they take turns.
     """
-    Path(target).mkdir(parents=True, exist_ok=True)
+    target = Path(target).resolve()
+    n_classes = net.config.get("n_classes", 0)
+    if label is not None and not 0 <= label < n_classes:
+        raise InputError(f"--class {label}: the network has {n_classes} classes, numbered from 0")
+    paths = [target / f"{n:05d}.png" for n in range(count)]
+    grid_path = target.with_name(f"{target.name}_grid.png")
+    for path in (*paths, grid_path):
+        if path.exists():
+            raise InputError(f"{path} exists: choose another folder")
+    target.mkdir(parents=True, exist_ok=True)
     device = next(net.parameters()).device
     torch.manual_seed(seed)
     center = net.mean_latent() if isinstance(net, StyleGAN2Generator) else None
     images, generator = [], torch.Generator().manual_seed(seed)
-    for n in range(count):
+    for n, path in enumerate(paths):
         if isinstance(net, BigGANGenerator):
             z = nn.init.trunc_normal_(torch.empty(1, net.dim_z), a=-truncation, b=truncation, generator=generator)
-            image = net(z.to(device), torch.tensor([n % net.config["n_classes"]], device=device))[0]
+            y = n % n_classes if label is None else label
+            image = net(z.to(device), torch.tensor([y], device=device))[0]
         else:
             image = net(torch.randn(1, net.style_dim, generator=generator).to(device), truncation, center)[0]
-        to_image(image).save(Path(target, f"{n:05d}.png"))
+        to_image(image).save(path)
         images = (images + [image])[:64]
-        print(f"{n + 1}/{count}", end="\r", flush=True)
-    grid = Path(target).with_name(f"{Path(target).name}_grid.png")
-    save_grid(grid, {f"truncation {truncation:g}, seed {seed}": torch.stack(images)}, 8)
-    print(f"{count} pictures in {target}, the first in {grid}")
+        if sys.stdout.isatty():
+            print(f"{n + 1}/{count}", end="\r", flush=True)
+    save_grid(grid_path, {f"truncation {truncation:g}, seed {seed}": torch.stack(images)}, 8)
+    print(f"{count} pictures in {target}, the first in {grid_path}")
 
 
 def published_conv_flops(x_shape, w_shape, _bias, _stride, _padding, _dilation, _transposed, *_, out_shape=None, **__):
@@ -1921,13 +2011,34 @@ def print_costs(device):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.error = lambda message: parser.exit(2, f"models.py: error: {message}\n")
-    parser.add_argument("generator", nargs="?", metavar="student.pt", help="a compressed generator; without: the table")
-    parser.add_argument("folders", nargs="*", metavar="FOLDER", help="pictures and where to put their translations; or")
-    parser.add_argument("--count", type=at_least(1), default=64, help="where to put so many of a StyleGAN2 or BigGAN")
-    parser.add_argument("--truncation", type=at_least(0.01), default=0.7, help="of their latents")
-    parser.add_argument("--seed", type=at_least(0), default=0, help="of their latents")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda")
-    args = parser.parse_args(argv)
+    at = parser.add_argument
+    at(
+        "generator",
+        nargs="?",
+        metavar="student.pt",
+        help="a generator, or a checkpoint.pt; without: the table of costs",
+    )
+    at("paths", nargs="*", metavar="PATH", help="a picture or a folder of them, and the folder for their translations")
+    at(
+        "--size",
+        type=at_least(0),
+        help="of their shorter side, pixels; as in training if not given; 0: as they are, of "
+        "which 12 megapixels take 4.3 GB",
+    )
+    at("--pairs", action="store_true", help="translate the input half of pictures that are pairs (Pix2Pix's)")
+    at("--count", type=at_least(1), default=64, help="of a StyleGAN2 or BigGAN: draw so many into the folder PATH")
+    at("--truncation", type=at_least(0.01), default=0.7, help="of their latents")
+    at("--seed", type=at_least(0), default=0, help="of their latents")
+    at(
+        "--class",
+        dest="label",
+        type=at_least(0),
+        metavar="N",
+        help="of BigGAN's pictures; they take turns if not given",
+    )
+    at("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda")
+    args = parser.parse_intermixed_args(argv)
+    print_anything()
     try:
         device = torch.empty(1, device=args.device).device
     except (RuntimeError, AssertionError):  # a build of torch without CUDA raises the second
@@ -1938,13 +2049,13 @@ def main(argv=None):
     try:
         net = load_generator(args.generator, device)
         draws = isinstance(net, (StyleGAN2Generator, BigGANGenerator))
-        wanted = "one folder, where to draw" if draws else "two folders, from and to"
-        if len(args.folders) != (1 if draws else 2):
-            raise InputError(f"{args.generator} is a {type(net).__name__}: give {wanted}, found {len(args.folders)}")
+        wanted = "one folder, where to draw" if draws else "a folder of pictures, and another for their translations"
+        if len(args.paths) != (1 if draws else 2):
+            raise InputError(f"{args.generator} is a {type(net).__name__}: give {wanted}, found {len(args.paths)}")
         if draws:
-            draw_samples(net, args.folders[0], args.count, args.truncation, args.seed)
+            draw_samples(net, args.paths[0], args.count, args.truncation, args.seed, args.label)
         else:
-            translate_folder(net, *args.folders)
+            translate_folder(net, *args.paths, args.size, args.pairs)
     except (InputError, OSError) as error:
         parser.error(error)
 

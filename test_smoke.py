@@ -247,6 +247,21 @@ def test_evaluation(name, data, inception_file, tmp_path):
     models.load_generator(tmp_path / "best_student.pt")
 
 
+def test_translations_score_as_the_log_says(data, inception_file, tmp_path, capsys):
+    """Of square pictures, by the README's two commands; models.py brings them to the size of training."""
+    for folder in FOLDERS["cyclegan_dcd"]:
+        (tmp_path / "cyclegan_dcd" / folder).mkdir(parents=True)
+        for i in range(3):
+            Image.effect_noise((50, 50), 90).save(tmp_path / "cyclegan_dcd" / folder / f"{i}.png")
+    options = f"--max-steps 2 --eval-every 9 --inception {inception_file}"
+    scores = run("cyclegan_dcd", tmp_path, tmp_path / "out", options)[-1]
+    test_A, test_B, out = (f"{tmp_path}/{name}" for name in ("cyclegan_dcd/testA", "cyclegan_dcd/testB", "translated"))
+    models.main(f"{tmp_path}/out/student.pt {test_A} {out} --device cpu".split())
+    assert "shorter sides of 32 pixels" in capsys.readouterr().out
+    fid.main(f"{out} {test_B} --size 32 --json --device cpu --weights {inception_file}".split())
+    assert json.loads(capsys.readouterr().out)["fid"] == pytest.approx(scores["fid_student"], rel=1e-4)
+
+
 @every_script
 def test_toy(name, tmp_path):
     SCRIPTS[name].main(f"--toy --out {tmp_path} --max-steps 1 --batch-size 1 --device cpu".split())
@@ -437,8 +452,18 @@ train_pix2pix_dcd | --data {bad}/odd | 0.png is 201x100 pixels
 train_stylegan2_dgl | --teacher-kimg 0 | stage 2 needs a teacher
 train_stylegan2_dgl | --teacher-kimg 0 --teacher {bad}/pair.pt --size 16 | its images are of 8 pixels, not of 16
 train_biggan_dgl | --data {bad}/odd/train | lies in no class folder
+train_biggan_dgl | --teacher {bad}/classes.pt --teacher-kimg 0 | its class 1 is 'z', in --data 'y'
+train_stylegan2_dgl | --data {bad}/floats | float.tif: not a readable image (its values have 32 bits
+train_cyclegan_dcd | --teacher {bad}/batch.pt | has batch norm, networks here have instance norm
+train_cyclegan_dcd | --teacher {bad}/nested.pt | or such an entry 'state_dict', found epoch, model
+train_cyclegan_dcd | --student {bad}/student.pt --direction BtoA | translates AtoB, this run BtoA
 models | {bad}/narrow.pt a b | narrow.pt: not a file of save_generator
+models | {bad}/student.pt {bad}/odd/train {bad}/odd/train | could be overwritten; choose another folder
+models | {bad}/student.pt {bad}/floats/float.tif out | float.tif: its values have 32 bits
+models | {bad}/student.pt {bad}/data.zip out | unpack a .zip first
 fid | {bad}/odd/train gone | gone: no such folder
+fid | {bad}/odd/train --is | train: 2 images, needed are 10 or more
+fid | {bad}/floats {bad}/odd/train | float.tif: not a readable image (its values have 32 bits
 fid | {bad}/odd/train {bad}/odd/val --weights {bad}/narrow.pt | not the weights of the FID Inception
 """
 
@@ -448,7 +473,13 @@ def bad(data, tmp_path_factory):
     root = tmp_path_factory.mktemp("bad")
     torch.save({"a": RunsCode()}, root / "code.pt")
     torch.save(ResnetGenerator(ngf=2, separable=True).state_dict(), root / "narrow.pt")
+    torch.save(ResnetGenerator(ngf=2, norm="batch").state_dict(), root / "batch.pt")
+    torch.save({"epoch": 1, "model": {}}, root / "nested.pt")
+    models.save_generator(root / "student.pt", ResnetGenerator(ngf=2), direction="AtoB")
     models.save_pair(root / "pair.pt", dict(d=StyleGAN2Discriminator(8, width=0.01)))
+    models.save_pair(root / "classes.pt", dict(d=BigGANDiscriminator(32, 2, 2, None)), classes=["x", "z"])
+    (root / "floats").mkdir()
+    Image.fromarray(np.ones((16, 16), np.float32)).save(root / "floats/float.tif")
     shutil.copytree(data / "cyclegan_dcd", root / "header")
     (root / "header/testB/1.png").write_bytes(b"no image")
     shutil.copytree(data / "pix2pix_dcd", root / "odd")
@@ -465,7 +496,7 @@ def test_bad_input(row, data, bad, tmp_path, capsys, monkeypatch):
     if program.startswith("train"):
         words = arguments(program.removeprefix("train_"), data, "out", options)
     assert message in refused(capsys, program, words)
-    assert not Path("out/args.json").exists() and not Path("executed").exists()
+    assert not Path("out/student.pt").exists() and not Path("executed").exists()
 
 
 @every_script
@@ -981,46 +1012,69 @@ def test_path_length_penalty_is_the_papers():
 
 
 def test_a_folder_is_translated(tmp_path):
-    """By models.py and student.pt alone: sizes stay, what is no picture is skipped with a count."""
+    """By models.py and student.pt alone: links are followed, what is no picture is skipped with a count."""
     net, photos = fill(ResnetGenerator(ngf=2, separable=True)), tmp_path / "photos"
-    models.save_generator(tmp_path / "student.pt", net)
+    models.save_generator(tmp_path / "student.pt", net, size=20, direction="BtoA")
     shutil.copy(HERE / "models.py", tmp_path)
     pixels = np.random.default_rng(0).integers(0, 256, (37, 23, 3), dtype=np.uint8)
+    picture = Image.fromarray(pixels)
     (photos / "deep").mkdir(parents=True)
-    for name in ("a.jpg", "deep/b.png"):
-        Image.fromarray(pixels).save(photos / name)
+    (tmp_path / "elsewhere").mkdir()
+    (photos / "link").symlink_to(tmp_path / "elsewhere")
+    for path in (photos / "a.jpg", photos / "deep/b.png", tmp_path / "elsewhere/c.png", photos / "\udce9.png"):
+        picture.save(path)
     (photos / "broken.png").write_bytes(b"\x89PNG")
-    command = [sys.executable, "models.py", "student.pt", "photos/", "translated/", "--device", "cpu"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert "2 pictures translated into translated/, 1 file" in done.stdout
-    assert done.stderr.count("\n") == 1 and "skipped photos/broken.png: " in done.stderr
-    found = np.asarray(Image.open(tmp_path / "translated/deep/b.png"))
-    padded = np.pad(pixels, ((0, 48 - 37), (0, 32 - 23), (0, 0)), mode="reflect")
-    image = net(torch.from_numpy(padded).permute(2, 0, 1)[None] / 127.5 - 1)[0, :, :37, :23]
-    expected = (image.detach().permute(1, 2, 0).numpy() + 1) * 127.5
-    assert np.abs(found - expected).max() < 0.6
+
+    def translate(options):
+        command = [sys.executable, "models.py", "student.pt", *options.split(), "--device", "cpu"]
+        environment = ENVIRONMENT | dict(PYTHONIOENCODING="ascii")
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, check=True)
+        assert done.stderr.count("\n") == 1 and "skipped photos/broken.png: " in done.stderr
+        assert re.search(r"\n4 pictures translated into \S+, 1 file", done.stdout)
+
+    def expected(image):
+        height, width = image.height, image.width
+        padded = np.pad(np.asarray(image), ((0, -height % 4), (0, -width % 4), (0, 0)), mode="reflect")
+        output = net(torch.from_numpy(padded).permute(2, 0, 1)[None] / 127.5 - 1)[0, :, :height, :width]
+        return (output.detach().permute(1, 2, 0).numpy() + 1) * 127.5
+
+    translate("photos trained")
+    translate("photos halves --size 0 --pairs")
+    translate("photos photos/native --size 0")
+    translate("photos photos/native --size 0")  # and none of what is there already
+    for name, source in (
+        ("photos/native/deep/b.png", picture),
+        ("trained/link/c.png", picture.resize((20, 32), Image.Resampling.BICUBIC)),
+        ("halves/deep/b.png", picture.crop((11, 0, 22, 37)).resize((11, 37))),
+    ):
+        found = np.asarray(Image.open(tmp_path / name))
+        if name.startswith("halves"):
+            assert found.shape == (37, 11, 3)
+        else:
+            assert np.abs(found - expected(source)).max() < 0.6, name
 
 
-@pytest.mark.parametrize(
-    "network",
-    [
-        lambda: StyleGAN2Generator(16, 8, 2, width=1 / 64),
-        lambda: models.init_biggan(BigGANGenerator(32, 4, 3, attention=None)),
-    ],
-)
-def test_pictures_are_drawn(network, tmp_path):
-    torch.manual_seed(0)
-    models.save_generator(tmp_path / "student.pt", network())
+@pytest.mark.parametrize("name", ["stylegan2_dgl", "biggan_dgl"])
+def test_pictures_are_drawn(name, finished, tmp_path, capsys):
+    """From every file of a run, the same from the same seed; nothing is overwritten."""
+    folders = iter(range(99))
 
-    def draw(options):
-        out = tmp_path / "drawn"
-        models.main(f"{tmp_path}/student.pt {out} --count 3 {options} --device cpu".split())
-        return np.stack([Image.open(out / f"0000{n}.png") for n in range(3)]).astype(int)
+    def draw(words):
+        out = tmp_path / str(next(folders))
+        models.main(f"{finished(name)}/{words} {out} --count 3 --device cpu".split())
+        return np.stack([Image.open(out / f"0000{i}.png") for i in range(3)]).astype(int)
 
-    pictures = draw("--seed 3")
-    assert np.array_equal(pictures, draw("--seed 3")) and not np.array_equal(pictures, draw("--seed 9"))
-    truncated = draw("--seed 3 --truncation 0.01")
-    assert truncated.std(0).mean() < pictures.std(0).mean()  # nearer to the mean, or to z = 0
+    first = draw("student.pt --seed 3")
+    assert not np.array_equal(first, draw("student.pt --seed 9"))
+    truncated = draw("student.pt --seed 3 --truncation 0.01")
+    assert np.abs(truncated[0] - truncated[2]).mean() < 1 < np.abs(first[0] - first[2]).mean()  # of one class
+    for file, alike in (("checkpoint.pt", True), ("stage2.pt", True), ("teacher.pt", False)):
+        assert np.array_equal(first, draw(f"{file} --seed 3")) == alike, file
+    again = f"{finished(name)}/student.pt {tmp_path}/0 --count 3 --device cpu".split()
+    assert "00000.png exists: choose another folder" in refused(capsys, "models", again)
+    if name == "biggan_dgl":  # two classes take turns
+        of_one_class = draw("student.pt --seed 3 --class 1")
+        assert [np.array_equal(a, b) for a, b in zip(first, of_one_class, strict=True)] == [False, True, False]
 
 
 def snippet(start):
@@ -1132,6 +1186,8 @@ def test_every_kind_of_image_becomes_rgb(to_rgb):
     Image.fromarray(np.rot90(rgb)).save(turned, "png", exif=exif)
     half = Image.fromarray(rgb)
     half.putalpha(128)
+    for dtype in (np.float32, np.int32):
+        fails("32 bits and no known range", to_rgb, Image.fromarray(grey.astype(dtype)))
     for image, expected in (
         (Image.fromarray(grey.astype(np.uint16) * 257), grey[..., None]),
         (half, rgb * (128 / 255) + 127),
@@ -1139,6 +1195,31 @@ def test_every_kind_of_image_becomes_rgb(to_rgb):
     ):
         found = to_rgb(image)
         assert found.mode == "RGB" and np.abs(np.asarray(found).astype(float) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("find_files", [fid.find_files, models.find_files])
+def test_files_are_found(find_files, tmp_path):
+    """Through links, but not in circles; not what starts with a dot, nor what a run wrote."""
+    for name in "a.png b/a.png .hidden/a.png run/samples/1.png run/args.json".split():
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).touch()
+    (tmp_path / "link").symlink_to(tmp_path / "b")
+    (tmp_path / "b/circle").symlink_to(tmp_path)
+    assert sorted(os.path.relpath(path, tmp_path) for path in find_files(tmp_path)) == [
+        "a.png",
+        "b/a.png",
+        "link/a.png",
+    ]
+    assert find_files(tmp_path / "run") == [str(tmp_path / "run/args.json")]
+
+
+@dgl_scripts
+def test_a_run_inside_its_data(name, data, finished, tmp_path):
+    """Its grids are no training pictures when it goes on."""
+    folder = shutil.copytree(data / name, tmp_path / name)
+    run(name, tmp_path, folder / "run", "--max-steps 4 --sample-every 1")
+    resume(name, folder / "run")
+    assert same(weights(folder / "run"), weights(finished(name)))
 
 
 def test_stored_squares(tmp_path):

@@ -50,7 +50,11 @@ def parse_args(argv):
     """Returns the arguments and, when resuming, the checkpoint."""
     parser = models.run_parser(__doc__)
     at = parser.add_argument_group("data").add_argument
-    at("--data", metavar="IMAGES", help="a folder, or a .zip, with one folder of images for each class")
+    at(
+        "--data",
+        metavar="IMAGES",
+        help="a folder, or .zip, with a folder of images for each class; moved: give it with --resume",
+    )
     at("--size", type=int, choices=(32, 64, 128, 256), help="side of the images, pixels; the teacher's, or 128")
     at("--mirror", action=argparse.BooleanOptionalAction, default=False, help="flip half of the images, at random")
     at("--cache", metavar="FOLDER", help="where the resized images are kept, 3 SIZE^2 bytes each; OUT")
@@ -125,7 +129,9 @@ def train(args, checkpoint):
         return images.to(device, memory_format=layout, non_blocking=True).float() / 127.5 - 1
 
     # Networks: a pair is G, D and G's moving average. Files that are given decide the shape of both pairs
-    records = checkpoint["networks"] if checkpoint else read_given(args, len(classes))
+    if checkpoint:
+        check_classes(checkpoint.get("classes"), classes, out)
+    records = checkpoint["networks"] if checkpoint else read_given(args, classes)
     args.size = args.size or 128
     torch.manual_seed(args.seed)
     teacher = build_pair(args, args.teacher_ch, args.teacher_ch, len(classes))
@@ -172,7 +178,7 @@ def train(args, checkpoint):
         models.broadcast_weights(networks.values())  # running statistics and spectral vectors: rank 0's
         own = dict(losses=meter.state())
         record = dict(script=NAME, step=step, stage=stage, best=best, scores=scores)
-        record["stages_over"] = stage_ends[:stage]
+        record |= dict(stages_over=stage_ends[:stage], classes=classes)
         models.save_checkpoint(out / "checkpoint.pt", networks, optimizers, own, **record)
         if rank == 0 and stage:
             models.save_generator(out / "student.pt", student["g_ema"], classes=classes)
@@ -264,7 +270,7 @@ def train(args, checkpoint):
             due = inception and (step % eval_steps == 0 or stage_over or last)
             if rank == 0 and stage_over:
                 name = BUDGETS[stage].removesuffix("_kimg")
-                models.save_pair(out / f"{name}.pt", pair)
+                models.save_pair(out / f"{name}.pt", pair, classes=classes)
             if step % args.save_every == 0 or due or stage_over or last or stop_signal:
                 save(step, stage)
             if stop_signal:
@@ -305,22 +311,23 @@ def build_pair(args, g_ch, d_ch, n_classes):
     return dict(g=G, d=D, g_ema=copy.deepcopy(G).eval())
 
 
-def read_given(args, n_classes):
+def read_given(args, classes):
     """Reads --teacher and --student -> {"teacher_d": what load_networks takes, ..}. args take the files' shape."""
     records = {}
     if args.teacher:
         pair = models.read_pair(args.teacher, "teacher", NAME)
-        take_shape(args, pair, " ".join(args.teacher), ["d"], n_classes)
+        take_shape(args, pair, " ".join(args.teacher), ["d"], classes)
         records |= {f"teacher_{name}": pair[name] for name in ("d", "g_ema") if name in pair}
     if args.student:
         pair = models.read_pair([args.student], "student", NAME)
-        take_shape(args, pair, args.student, ["g", "d", "g_ema"], n_classes)
+        take_shape(args, pair, args.student, ["g", "d", "g_ema"], classes)
         records |= {f"student_{name}": record for name, record in pair.items()}
     return records
 
 
-def take_shape(args, pair, path, needed, n_classes):
+def take_shape(args, pair, path, needed, classes):
     """Gives args the shape of a pair read from path; InputError if a needed network is missing, or does not fit."""
+    check_classes(pair.pop("classes", None), classes, path)
     for name in needed:
         if name not in pair:
             found = ", ".join(pair) or "none of them"
@@ -329,13 +336,23 @@ def take_shape(args, pair, path, needed, n_classes):
     size = D.get("size", args.size)
     if args.size not in (None, size):
         raise InputError(f"{path}: its images are of {size} pixels, not of {args.size}")
-    if D.get("n_classes", n_classes) != n_classes:
-        raise InputError(f"{path}: it knows {D['n_classes']} classes, --data has {n_classes}")
+    if D.get("n_classes", len(classes)) != len(classes):
+        raise InputError(f"{path}: it knows {D['n_classes']} classes, --data has {len(classes)}")
     args.size = size
     if D:
         args.attention, args.sn_eps = D["attention"] or 0, D["sn_eps"]
     if G:
         args.dim_z, args.shared_dim, args.hierarchical = G["dim_z"], G["shared_dim"] or 0, G["hierarchical"]
+
+
+def check_classes(known, classes, path):
+    """InputError if the classes that networks in path have learnt (None: unknown) are not those of the data."""
+    if known is None:
+        say(f"{path}: names no classes; they are taken as 0 {classes[0]}, 1 {classes[1]}, .. {classes[-1]}")
+        return
+    for number, (theirs, ours) in enumerate(itertools.zip_longest(known, classes)):
+        if theirs != ours:
+            raise InputError(f"{path}: its class {number} is {theirs!r}, in --data {ours!r}: labels would be mixed up")
 
 
 def draw_inputs(G, n):
@@ -398,6 +415,7 @@ def open_data(args, out, checkpoint):
         write_toy_dataset(data)
     models.barrier()
     files = ImageFiles(data)
+    say(files)
     return files, *find_classes(files)
 
 

@@ -50,7 +50,7 @@ def parse_args(argv):
     """Returns the arguments and, when resuming, the checkpoint."""
     parser = models.run_parser(__doc__)
     at = parser.add_argument_group("data").add_argument
-    at("--data", metavar="FOLDER", help="holds trainA/ trainB/ testA/ testB/")
+    at("--data", metavar="FOLDER", help="holds trainA/ trainB/ testA/ testB/; moved: give it with --resume")
     at("--direction", choices=("AtoB", "BtoA"), default="AtoB", help="which domain is translated into which")
     at("--crop-size", type=at_least(24), default=256, help="side of the random crops, pixels, a multiple of 4")
     at("--load-size", type=at_least(24), help="images are first resized to this square; 286/256 of --crop-size")
@@ -187,13 +187,15 @@ def train(args, checkpoint):
     batches = models.run_batches(dataset, args.batch_size, range(first_step, last_step), args.workers)
     say(f"{out}: steps {first_step} to {last_step} of {schedule_steps}, {epoch_steps} an epoch, on {world} x {device}")
 
+    facts = dict(size=args.crop_size, direction=args.direction)  # what the student translates, for models.py
+
     def save(step):
         pools = [[image.cpu() for image in pool.images] for pool in (pool_B, pool_A, pool_S)]
         own = dict(losses=meter.state(), pools=pools)
-        record = dict(script=NAME, step=step, best=best, scores=scores)
+        record = dict(script=NAME, step=step, best=best, scores=scores) | facts
         models.save_checkpoint(out / "checkpoint.pt", networks, optimizers, own, **record)
         if rank == 0:
-            models.save_generator(out / "student.pt", shipped)
+            models.save_generator(out / "student.pt", shipped, **facts)
 
     models.defer_signals()
     clock, clock_step = time.perf_counter(), first_step
@@ -302,7 +304,7 @@ def train(args, checkpoint):
             if scores.get("fid_student", math.inf) < best:
                 best = scores["fid_student"]
                 if rank == 0:
-                    models.save_generator(out / "best_student.pt", shipped)
+                    models.save_generator(out / "best_student.pt", shipped, **facts)
             save(step)
             clock, clock_step = time.perf_counter(), step
 
@@ -372,6 +374,7 @@ def open_data(args, out, checkpoint):
     test_A, test_B = ImageFiles(data / f"test{source}"), ImageFiles(data / f"test{target}")
     for files in (train_A, train_B, test_A, test_B):
         files.check()
+        say(files)
     if args.eval_every and args.inception != "none" and min(len(test_A), len(test_B)) < 2:
         raise InputError(f"{data}: FID needs two test images of each domain; or --inception none")
     dataset = UnpairedImages(train_A, train_B, args.load_size, args.crop_size, args.seed)

@@ -51,7 +51,11 @@ def parse_args(argv):
     """Returns the arguments and, when resuming, the checkpoint."""
     parser = models.run_parser(__doc__)
     at = parser.add_argument_group("data").add_argument
-    at("--data", metavar="FOLDER", help="holds train/ and val/ or test/, A left of B in each image")
+    at(
+        "--data",
+        metavar="FOLDER",
+        help="holds train/ and val/ or test/, A left of B in each; moved: give it with --resume",
+    )
     at("--direction", choices=("AtoB", "BtoA"), default="AtoB", help="which domain is translated into which")
     at("--crop-size", type=at_least(24), default=256, help="side of the random crops, pixels: 4 n, for a U-Net 256 n")
     at("--load-size", type=at_least(24), help="images are first resized to this square; 286/256 of --crop-size")
@@ -179,12 +183,14 @@ def train(args, checkpoint):
     batches = models.run_batches(dataset, args.batch_size, range(first_step, last_step), args.workers)
     say(f"{out}: steps {first_step} to {last_step} of {schedule_steps}, {epoch_steps} an epoch, on {world} x {device}")
 
+    facts = dict(size=args.crop_size, direction=args.direction)  # what the student translates, for models.py
+
     def save(step):
         own = dict(losses=meter.state())
-        record = dict(script=NAME, step=step, best=best, scores=scores)
+        record = dict(script=NAME, step=step, best=best, scores=scores) | facts
         models.save_checkpoint(out / "checkpoint.pt", networks, optimizers, own, **record)
         if rank == 0:
-            models.save_generator(out / "student.pt", shipped)
+            models.save_generator(out / "student.pt", shipped, **facts)
 
     models.defer_signals()
     clock, clock_step = time.perf_counter(), first_step
@@ -277,7 +283,7 @@ def train(args, checkpoint):
             if scores.get("fid_student", math.inf) < best:
                 best = scores["fid_student"]
                 if rank == 0:
-                    models.save_generator(out / "best_student.pt", shipped)
+                    models.save_generator(out / "best_student.pt", shipped, **facts)
             save(step)
             clock, clock_step = time.perf_counter(), step
 
@@ -364,6 +370,7 @@ def open_data(args, out, checkpoint):
         test_folder = data / "test"
     train, test = ImageFiles(data / "train"), ImageFiles(test_folder)
     for files in (train, test):
+        say(files)
         for name, (width, height) in zip(files.names, files.check(), strict=True):
             if width % 2:
                 raise InputError(f"{files.source}: {name} is {width}x{height} pixels, expected two halves side by side")

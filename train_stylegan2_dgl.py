@@ -53,7 +53,11 @@ def parse_args(argv):
     """Returns the arguments and, when resuming, the checkpoint."""
     parser = models.run_parser(__doc__)
     at = parser.add_argument_group("data").add_argument
-    at("--data", metavar="IMAGES", help="a folder of images, searched recursively, or a .zip of images")
+    at(
+        "--data",
+        metavar="IMAGES",
+        help="a folder of images, searched recursively, or a .zip; moved: give it with --resume",
+    )
     at("--size", type=int, choices=SIZES, help="side of the images, pixels; the teacher's, or 256")
     at("--mirror", action=argparse.BooleanOptionalAction, default=False, help="flip half of the images, at random")
     at("--cache", metavar="FOLDER", help="where the resized images are kept, 3 SIZE^2 bytes each; OUT")
@@ -431,6 +435,7 @@ def open_data(args, out, checkpoint):
         write_toy_dataset(data)
     models.barrier()
     files = ImageFiles(data)
+    say(files)
     if args.eval_every and args.inception != "none" and len(files) < 2:
         raise InputError(f"{data}: FID needs two images; or --inception none")
     return files
