@@ -1082,13 +1082,16 @@ def snippet(start):
     return next(block for block in blocks if block.startswith(start))
 
 
-def test_readmes_export(tmp_path, monkeypatch):
-    """The snippet itself compares the exported program's picture with the generator's."""
+def test_readmes_pairs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    models.save_generator("student.pt", models.init_weights(ResnetGenerator(ngf=4, separable=True), 0.1))
-    names = {}
-    exec(snippet("# export"), names)
-    assert isinstance(names["generator"], ResnetGenerator) and Path("student.pt2").exists()
+    for folder, colour in (("A", "red"), ("B", "blue")):
+        Path(folder).mkdir()
+        Image.new("RGB", (30, 40), colour).save(Path(folder, "1.jpg"))
+    exec(snippet("# pairs"), {})
+    pair = Image.open("data/train/1.png")
+    assert pair.size == (512, 256)
+    for x, channel in ((0, 0), (255, 0), (256, 2), (511, 2)):
+        assert np.argmax(pair.getpixel((x, 99))) == channel
 
 
 def test_readme_dcd_loss_in_another_project():

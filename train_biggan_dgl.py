@@ -58,7 +58,7 @@ def parse_args(argv):
     at("--size", type=int, choices=(32, 64, 128, 256), help="side of the images, pixels; the teacher's, or 128")
     at("--mirror", action=argparse.BooleanOptionalAction, default=False, help="flip half of the images, at random")
     at("--cache", metavar="FOLDER", help="where the resized images are kept, 3 SIZE^2 bytes each; OUT")
-    at("--toy", action="store_true", help="small networks on a synthetic data set: shapes of six classes")
+    at("--toy", action="store_true", help="small networks; without --data a synthetic data set: shapes of six classes")
     at = parser.add_argument_group("networks; files of ours keep their own sizes and widths").add_argument
     at("--teacher", nargs="+", metavar="FILE", help="trained D [G_ema], state dicts; or our teacher.pt, checkpoint.pt")
     at("--student", metavar="FILE", help="a stage1.pt, stage2.pt or checkpoint.pt of ours to start from")
@@ -411,7 +411,7 @@ def save_samples(path, generators, classes, seed):
 def open_data(args, out, checkpoint):
     """The images' files, the names of the classes, and the class of each file; the toy's are written."""
     data = Path(args.data or out / "toy_data")
-    if args.toy and not checkpoint and processes()[0] == 0:
+    if not (args.data or checkpoint) and processes()[0] == 0:
         write_toy_dataset(data)
     models.barrier()
     files = ImageFiles(data)

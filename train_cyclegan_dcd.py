@@ -54,7 +54,7 @@ def parse_args(argv):
     at("--direction", choices=("AtoB", "BtoA"), default="AtoB", help="which domain is translated into which")
     at("--crop-size", type=at_least(24), default=256, help="side of the random crops, pixels, a multiple of 4")
     at("--load-size", type=at_least(24), help="images are first resized to this square; 286/256 of --crop-size")
-    at("--toy", action="store_true", help="small networks on a synthetic data set: plain to striped objects")
+    at("--toy", action="store_true", help="small networks; without --data synthetic pictures: plain to striped objects")
     at = parser.add_argument_group("networks; files of ours bring their own widths along").add_argument
     at(
         "--teacher",
@@ -366,7 +366,7 @@ def save_samples(path, teacher_G, student_G, distill_loss, test_A, test_B):
 def open_data(args, out, checkpoint):
     """The training set and the test sets of A and B, whichever way --direction turns them; every header is read."""
     data = Path(args.data or out / "toy_data")
-    if args.toy and not checkpoint and models.processes()[0] == 0:
+    if not (args.data or checkpoint) and models.processes()[0] == 0:
         write_toy_dataset(data)
     models.barrier()
     source, target = args.direction[0], args.direction[-1]

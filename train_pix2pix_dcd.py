@@ -59,7 +59,7 @@ def parse_args(argv):
     at("--direction", choices=("AtoB", "BtoA"), default="AtoB", help="which domain is translated into which")
     at("--crop-size", type=at_least(24), default=256, help="side of the random crops, pixels: 4 n, for a U-Net 256 n")
     at("--load-size", type=at_least(24), help="images are first resized to this square; 286/256 of --crop-size")
-    at("--toy", action="store_true", help="small networks on a synthetic data set: drawings to solid shapes")
+    at("--toy", action="store_true", help="small networks; without --data synthetic pictures: drawings to solid shapes")
     at = parser.add_argument_group("networks; files of ours bring their own widths along").add_argument
     at("--teacher", nargs="+", metavar="FILE", help="trained G [D], or a checkpoint.pt of ours")
     at("--student", metavar="FILE", help="a student.pt or checkpoint.pt of ours to start from")
@@ -362,7 +362,7 @@ def save_samples(path, teacher_G, student_G, distill_loss, test_set):
 def open_data(args, out, checkpoint):
     """The training set and the test set; every header is read."""
     data = Path(args.data or out / "toy_data")
-    if args.toy and not checkpoint and models.processes()[0] == 0:
+    if not (args.data or checkpoint) and models.processes()[0] == 0:
         write_toy_dataset(data)
     models.barrier()
     test_folder = data / "val"

@@ -61,7 +61,7 @@ def parse_args(argv):
     at("--size", type=int, choices=SIZES, help="side of the images, pixels; the teacher's, or 256")
     at("--mirror", action=argparse.BooleanOptionalAction, default=False, help="flip half of the images, at random")
     at("--cache", metavar="FOLDER", help="where the resized images are kept, 3 SIZE^2 bytes each; OUT")
-    at("--toy", action="store_true", help="small networks on a synthetic data set of round faces")
+    at("--toy", action="store_true", help="small networks; without --data a synthetic data set of round faces")
     at = parser.add_argument_group("networks; files that are given keep their own sizes and widths").add_argument
     at("--teacher", metavar="FILE", help="NVIDIA's .pkl, the community's {g, d, g_ema}, our teacher.pt, checkpoint.pt")
     at("--student", metavar="FILE", help="the same, to start from: a stage1.pt, stage2.pt or checkpoint.pt of ours")
@@ -431,7 +431,7 @@ def save_samples(path, generators, seed):
 def open_data(args, out, checkpoint):
     """The images' files; the toy's are written."""
     data = Path(args.data or out / "toy_data")
-    if args.toy and not checkpoint and processes()[0] == 0:
+    if not (args.data or checkpoint) and processes()[0] == 0:
         write_toy_dataset(data)
     models.barrier()
     files = ImageFiles(data)
