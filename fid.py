@@ -203,6 +203,9 @@ class FeatureStats:
             with np.load(path, allow_pickle=False) as file:
                 stats._mean = torch.from_numpy(file["mu"]).double()
                 stats._scatter = torch.from_numpy(file["sigma"]).double()
+                width = len(stats._mean)
+                if stats._scatter.shape != (width, width) or not (width and stats._scatter.isfinite().all()):
+                    raise ValueError(f"mu {tuple(stats._mean.shape)}, sigma {tuple(stats._scatter.shape)}")
                 stats.n = None
                 if "n" in file:
                     stats.n = int(file["n"])
@@ -464,19 +467,21 @@ def refuse_32_bits(image):
 def find_files(folder, above=()):
     """Return the paths of all files below a folder; links are followed. As in models.py.
 
-    Without what starts with a dot, and without what a training run wrote: any folder below that holds an args.json,
-    and in this one, if it does, samples/.
+    Without what starts with a dot, and without what a training run wrote: of a folder below that holds args.json and
+    samples/ this args.json alone is found, and if this folder does, its samples/ is left out.
     """
     real = os.path.realpath(folder)
     with os.scandir(folder) as entries:
         entries = {entry.name: entry for entry in entries if not entry.name.startswith(".")}
-    if "args.json" in entries:
-        entries.pop("samples", None)
-    if real in above or (above and "args.json" in entries):  # a link to a folder above, or a run
+    if real in above:  # a link to a folder above
         return []
+    if "args.json" in entries and "samples" in entries:
+        if above:
+            return [entries["args.json"].path]
+        del entries["samples"]
     paths = []
     for entry in entries.values():
-        paths += find_files(entry.path, (*above, real)) if entry.is_dir() else [entry.path]
+        paths += find_files(entry.path, (*above, real)) if os.path.isdir(entry.path) else [entry.path]
     return paths
 
 
@@ -508,7 +513,8 @@ class ImageFiles:
         elif os.path.isdir(source):
             names = [os.path.relpath(path, source) for path in find_files(source)]
         else:
-            raise InputError(f"{source}: no such folder or .zip")
+            found = "neither a folder nor a whole .zip" if os.path.exists(source) else "no such folder or .zip"
+            raise InputError(f"{source}: {found}")
         self.names = sorted(name for name in names if name.lower().endswith(EXTENSIONS))
         self.others = len(names) - len(self.names)
         if not self.names:
@@ -574,11 +580,13 @@ class ImageFiles:
         return sizes
 
     def fingerprint(self, *more):
-        """Return a short digest of the names and modification times of the files, or of the .zip's, and of more."""
+        """Return a short digest of the files' names, sizes and dates (or the .zip's), the first's bytes, and more."""
         paths = [self.source]
         if not self.zipped:
             paths = [os.path.join(self.source, name) for name in self.names]
-        facts = (self.names, [os.path.getmtime(path) for path in paths], more)
+        stats = [os.stat(path) for path in paths]
+        with self._open(self.names[0]) as file:
+            facts = (self.names, [(stat.st_size, stat.st_mtime) for stat in stats], file.read(), more)
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
@@ -601,6 +609,7 @@ class StoredSquares:
         path = pathlib.Path(folder, f"squares_{side}_{files.fingerprint(resample)}.npy")
         if processes()[0] == 0 and not path.exists():
             resize = functools.partial(central_square, side=side, resample=resample)
+            files.check()  # a header that cannot be read shows before hours of work
             generator = torch.Generator()
             squares = DataLoader(files, None, num_workers=workers, collate_fn=resize, generator=generator)
             header = {"descr": "|u1", "fortran_order": False, "shape": (len(files), 3, side, side)}
@@ -695,6 +704,8 @@ def run(args, device):
         needed = 10 if args.score and source == args.A else 2
         if n is not None and n < needed:
             raise InputError(f"{source}: {n} images, needed are {needed} or more (FID 2, --is 10)")
+    if args.save and os.path.isdir(args.save):
+        raise InputError(f"--save {args.save}: is a folder, expected the name of a file")
     for source in stats:
         if files and len(stats[source].mean) != WIDTH:
             raise InputError(f"{source}: statistics of {len(stats[source].mean)} features, expected {WIDTH}")

@@ -31,6 +31,7 @@ import sys
 import textwrap
 import time
 import warnings
+import zipfile
 from datetime import timedelta
 from pathlib import Path
 
@@ -39,6 +40,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL.PngImagePlugin import PngInfo
 from torch import nn
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
@@ -899,8 +901,10 @@ def load_file(path):
         found = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it asks for {found[1]}, and only plain tensors are loaded" if found else "damaged, or something else"
         raise InputError(f"{path}: not a checkpoint that can be trusted: {reason}") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
+    except Exception as error:  # torch raises nearly anything on a file of another kind
         raise InputError(f"{path}: not a checkpoint, or truncated; copy it again ({type(error).__name__})") from error
+    if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # torch does not look at the check sums
+        raise InputError(f"{path}: damaged, its check sums are wrong; copy it again")
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise InputError(f"{path}: expected a checkpoint, names to tensors, found {type(content).__name__}")
     return content
@@ -980,15 +984,21 @@ def load_start(networks, teacher_names, args, checkpoint, script):
         given.append((args.teacher, teacher_names))
     if args.student:
         given.append(([args.student], ["student_G"]))
+    back = dict(AtoB="BtoA", BtoA="AtoB")[args.direction]
     for paths, names in given:
         if len(paths) > len(names):
             raise InputError(f"{len(paths)} files of weights, expected at most {len(names)}: {', '.join(names)}")
         records = dict(zip(names, map(load_file, paths), strict=False))
+        for path, (name, record) in zip(paths, records.items(), strict=True):
+            direction = back if name == "teacher_F" else args.direction
+            if record.get("direction", direction) != direction:
+                raise InputError(f"{path}: translates {record['direction']}, expected {direction}; see --direction")
+            if "script" in record:
+                check_script(record, script, path)
         first = records[names[0]]
-        if first.get("direction", args.direction) != args.direction:
-            raise InputError(f"{paths[0]}: translates {first['direction']}, this run {args.direction}, see --direction")
         if "networks" in first:
-            check_script(first, script, paths[0])
+            if len(paths) > 1:
+                raise InputError(f"{paths[0]}: has all networks, leave out {' '.join(paths[1:])}")
             records = {name: first["networks"][name] for name in names}
         load_networks(networks, records, " ".join(paths))
         trained |= records.keys()
@@ -1066,7 +1076,7 @@ def load_generator(path, device="cpu"):
     """Rebuilds a generator, in eval mode on device: of save_generator; G's average of a checkpoint.pt, of read_pair's
     files, or of NVIDIA's.
 
-    What the file says besides is in its attribute facts: size (pixels, of training), direction, classes, or nothing.
+    What the file says besides is in its attribute facts: script, size (pixels, of training), direction, classes.
     Raises InputError when the file is missing, damaged or something else.
     """
     if is_nvidia_pickle(path):
@@ -1080,7 +1090,7 @@ def load_generator(path, device="cpu"):
             names = ["student_G_ema", "student_G", "student_g_ema", "teacher_g_ema"]
             if facts.get("stage") == 0:
                 names.reverse()
-            record = next(facts["networks"][name] for name in names if name in facts["networks"])
+            record = next((facts["networks"][name] for name in names if name in facts["networks"]), {})
         elif "g_ema" in facts:
             record = read_pair([path], "student", None).get("g_ema", {})
     classes = {cls.__name__: cls for cls in (ResnetGenerator, UnetGenerator, StyleGAN2Generator, BigGANGenerator)}
@@ -1090,7 +1100,7 @@ def load_generator(path, device="cpu"):
     net = cls.__new__(cls)
     configure(net, record["config"], path)
     load_weights(net, record, path)
-    net.facts = {name: facts[name] for name in ("size", "direction", "classes") if name in facts}
+    net.facts = {name: facts[name] for name in ("script", "size", "direction", "classes") if name in facts}
     if isinstance(facts.get("latent_avg"), torch.Tensor):
         net.latent_avg = facts["latent_avg"].reshape(1, -1).to(device)
     return net.to(device).eval()
@@ -1506,7 +1516,7 @@ def at_least(minimum):
 
     def parse(text):
         value = type(minimum)(text)
-        if not minimum <= value < math.inf:
+        if not minimum <= value < 2**63:  # of torch's seeds
             raise argparse.ArgumentTypeError(f"{text} is not {minimum} or more")
         return value
 
@@ -1551,7 +1561,12 @@ def parse_run(parser, argv, name, toy, budgets, implied=()):
     if given.resume:
         if not (out / "args.json").is_file():
             raise InputError(f"{out}: holds no run to go on with; leave out --resume to start one")
-        defaults = json.loads((out / "args.json").read_text()) | dict(max_steps=None, overwrite=False)
+        try:
+            defaults = json.loads((out / "args.json").read_text()) | dict(max_steps=None, overwrite=False)
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{out}/args.json: damaged ({error}); give the run's options anew, without it") from error
+        if defaults.get("script", name) != name:
+            raise InputError(f"{out}: holds a run of train_{defaults['script']}.py")
         if (out / "checkpoint.pt").exists():
             checkpoint = load_checkpoint(out / "checkpoint.pt", name)
         else:
@@ -1561,7 +1576,7 @@ def parse_run(parser, argv, name, toy, budgets, implied=()):
         for option, values in dict(implied).items():
             if getattr(given, option):
                 defaults = defaults | values
-    parser.set_defaults(**defaults | dict(out=str(out)))
+    parser.set_defaults(**defaults | dict(out=str(out), script=name))
     args = parser.parse_args(argv)
     if not (args.data or args.toy):
         raise InputError("--data is missing; --toy needs none")
@@ -1581,8 +1596,14 @@ def check_output(args):
     out = Path(args.out)
     if processes()[0] > 0:
         return
-    if (out / "args.json").exists() and not (args.resume or args.overwrite):
-        raise InputError(f"{out}: holds a run; go on with --resume, replace it with --overwrite, or choose --out")
+    if (out / "args.json").exists():
+        if not (args.resume or args.overwrite):
+            raise InputError(f"{out}: holds a run; go on with --resume, replace it with --overwrite, or choose --out")
+    elif out.is_dir():
+        for path in map(Path, find_files(out)):
+            ours = out / "toy_data" in path.parents
+            if not ours and path.suffix.lower() in (".pt", ".pth", *Image.registered_extensions()):
+                raise InputError(f"{path}: is no run's, and may be lost where a run writes; choose another --out")
     for path in filter(None, [*np.ravel(args.teacher), args.student]):
         if args.overwrite and Path(path).resolve().parent == out.resolve():
             raise InputError(f"{path}: lies in {out}, which --overwrite empties; choose another --out")
@@ -1596,11 +1617,12 @@ def open_output(args, step):
     out = Path(args.out)
     if args.overwrite:
         names = "checkpoint.pt student.pt best_student.pt teacher.pt stage1.pt stage2.pt log.jsonl summary.json"
-        for path in (*out.glob("samples/*.png"), *map(out.joinpath, names.split())):
+        samples = [path for path in out.glob("samples/*.png") if re.fullmatch(r"(stage\d_)?\d{7}", path.stem)]
+        for path in (*samples, *map(out.joinpath, names.split())):
             path.unlink(missing_ok=True)
     if args.resume and (out / "log.jsonl").exists():
         lines = [line for line in (out / "log.jsonl").read_text().splitlines() if line.endswith("}")]
-        kept = [line + "\n" for line in lines if json.loads(line)["step"] <= step]
+        kept = [line + "\n" for line in lines if json.loads(line).get("step", 0) <= step]
         write_atomically(out / "log.jsonl", lambda file: file.write("".join(kept).encode()))
     if args.resume:
         before = json.loads((out / "args.json").read_text())
@@ -1797,19 +1819,21 @@ def to_rgb(image):
 def find_files(folder, above=()):
     """The paths of all files below a folder; links are followed. As in fid.py.
 
-    Without what starts with a dot, and without what a training run wrote: any folder below that holds an args.json,
-    and in this one, if it does, samples/.
+    Without what starts with a dot, and without what a training run wrote: of a folder below that holds args.json and
+    samples/ this args.json alone is found, and if this folder does, its samples/ is left out.
     """
     real = os.path.realpath(folder)
     with os.scandir(folder) as entries:
         entries = {entry.name: entry for entry in entries if not entry.name.startswith(".")}
-    if "args.json" in entries:
-        entries.pop("samples", None)
-    if real in above or (above and "args.json" in entries):  # a link to a folder above, or a run
+    if real in above:  # a link to a folder above
         return []
+    if "args.json" in entries and "samples" in entries:
+        if above:
+            return [entries["args.json"].path]
+        del entries["samples"]
     paths = []
     for entry in entries.values():
-        paths += find_files(entry.path, (*above, real)) if entry.is_dir() else [entry.path]
+        paths += find_files(entry.path, (*above, real)) if os.path.isdir(entry.path) else [entry.path]
     return paths
 
 
@@ -1853,6 +1877,9 @@ def to_image(pixels):
     return Image.fromarray(levels.round().byte().permute(1, 2, 0).cpu().numpy())
 
 
+SIGNATURE = "models.py of DCD and DGL-GAN"  # in the translations, so that no other picture is overwritten
+
+
 def translate_folder(net, source, target, size=None, pairs=False):
     """Translates a picture, or every picture below a folder, into a PNG of the same name below the folder target.
 
@@ -1861,44 +1888,72 @@ def translate_folder(net, source, target, size=None, pairs=False):
         pairs: each picture is a pair, two halves side by side, of which the input is translated.
     """
     source, target = Path(source), Path(target)
-    if source.suffix.lower() == ".zip" or not source.exists():
+    if not source.exists() or (source.is_file() and source.suffix.lower() == ".zip"):
         raise InputError(f"{source}: no picture and no folder of pictures; unpack a .zip first")
+    if pairs and net.facts.get("script", "pix2pix_dcd") != "pix2pix_dcd":
+        raise InputError("--pairs: this network is not of Pix2Pix, its pictures are whole")
     root = source if source.is_dir() else source.parent
     written = target.resolve()
     if written == root.resolve() or written in root.resolve().parents:
         raise InputError(f"{target}: holds the pictures of {source}, which could be overwritten; choose another folder")
     paths = map(Path, find_files(source) if source.is_dir() else [source])
-    paths = sorted(path for path in paths if written not in path.resolve().parents)
+    places = {}  # what is written: the picture that it comes from
+    for path in sorted(path for path in paths if written not in path.resolve().parents):
+        place = (target / path.relative_to(root)).with_suffix(".png")
+        while place in places:  # of a.jpg, this is a.gif
+            place = place.with_name(f"{place.stem}_{path.suffix[1:]}.png")
+        places[place] = path
+        if place.exists() and not is_translation(place):
+            raise InputError(f"{place} exists, and is no translation of this program; choose another folder")
+
     size = net.facts.get("size", 0) if size is None else size
     print(f"shorter sides of {size} pixels; --size 0: as they are" if size else "pictures keep their size; see --size")
-    places = set()
-    for path in paths:
+    count = 0
+    for place, path in places.items():
         try:
-            with Image.open(path) as opened:
+            with (
+                open(path, "rb") as file,
+                Image.open(file) as opened,
+            ):  # of a name, Pillow garbles TIFFs that are turned
                 image = to_rgb(opened)
+            if pairs:
+                image = input_half(image, net.facts.get("direction"))
+            if size:
+                scale = size / min(image.size)
+                image = image.resize([round(scale * side) for side in image.size], Image.Resampling.BICUBIC)
+            image = translate(net, image)
         except Exception as error:  # Pillow's decoders raise nearly anything on what is no picture
             problem = f"{path}: {' '.join(str(error).split())}"
             if path == source:
                 raise InputError(problem) from error
             print(f"skipped {problem}", file=sys.stderr)
             continue
-        if pairs:
-            half = image.width // 2
-            left = half if net.facts.get("direction") == "BtoA" else 0
-            image = image.crop((left, 0, left + half, image.height))
-        if size:
-            scale = size / min(image.size)
-            image = image.resize([round(scale * side) for side in image.size], Image.Resampling.BICUBIC)
-        place = (target / path.relative_to(root)).with_suffix(".png")
-        if place in places:  # a.jpg has been translated, this is a.gif
-            place = place.with_name(f"{path.name.replace('.', '_')}.png")
-        places.add(place)
         place.parent.mkdir(parents=True, exist_ok=True)
-        translate(net, image).save(place)
+        signature = PngInfo()
+        signature.add_text("Software", SIGNATURE)
+        image.save(place, pnginfo=signature)
         print(place)
-    if not places:
-        raise InputError(f"{source}: none of its {len(paths)} files is a picture that can be read")
-    print(f"{len(places)} pictures translated into {target}, {len(paths) - len(places)} files skipped")
+        count += 1
+    if not count:
+        raise InputError(f"{source}: none of its {len(places)} files is a picture that can be read")
+    print(f"{count} pictures translated into {target}, {len(places) - count} files skipped")
+
+
+def input_half(pair, direction):
+    """The left half of a picture, or with the direction BtoA its right half."""
+    if pair.width % 2:
+        raise InputError(f"it is {pair.width} pixels wide, expected two halves side by side")
+    left = pair.width // 2 if direction == "BtoA" else 0
+    return pair.crop((left, 0, left + pair.width // 2, pair.height))
+
+
+def is_translation(path):
+    """Whether a file was written by translate_folder."""
+    try:
+        with Image.open(path) as image:
+            return image.info.get("Software") == SIGNATURE
+    except OSError:
+        return False
 
 
 @torch.inference_mode()
@@ -1932,7 +1987,7 @@ def draw_samples(net, target, count, truncation, seed, label=None):
             image = net(torch.randn(1, net.style_dim, generator=generator).to(device), truncation, center)[0]
         to_image(image).save(path)
         images = (images + [image])[:64]
-        if sys.stdout.isatty():
+        if sys.stdout and sys.stdout.isatty():
             print(f"{n + 1}/{count}", end="\r", flush=True)
     save_grid(grid_path, {f"truncation {truncation:g}, seed {seed}": torch.stack(images)}, 8)
     print(f"{count} pictures in {target}, the first in {grid_path}")
@@ -2052,6 +2107,13 @@ def main(argv=None):
         wanted = "one folder, where to draw" if draws else "a folder of pictures, and another for their translations"
         if len(args.paths) != (1 if draws else 2):
             raise InputError(f"{args.generator} is a {type(net).__name__}: give {wanted}, found {len(args.paths)}")
+        no_use = args.label is not None
+        if draws:
+            no_use = args.pairs or args.size is not None
+        if no_use:
+            raise InputError(
+                f"{args.generator} is a {type(net).__name__}: it has no use for --pairs, --size or --class"
+            )
         if draws:
             draw_samples(net, args.paths[0], args.count, args.truncation, args.seed, args.label)
         else:

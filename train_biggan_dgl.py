@@ -167,8 +167,8 @@ def train(args, checkpoint):
         if stages_over != checkpoint["stages_over"]:
             found = f"stages ended after steps {checkpoint['stages_over']}, not {stages_over}"
             raise InputError(f"{out}: {found}; stages that are over keep their lengths")
-    models.open_output(args, first_step)
     images = StoredSquares(files, args.size, args.cache or out, say, args.workers, Image.Resampling.BILINEAR)
+    models.open_output(args, first_step)
     dataset = LabelledImages(images, labels, args.mirror, args.seed)
     numbers = range(first_step * micro_batches, last_step * micro_batches)
     batches = models.run_batches(dataset, args.batch_size, numbers, args.workers)
@@ -340,9 +340,10 @@ def take_shape(args, pair, path, needed, classes):
         raise InputError(f"{path}: it knows {D['n_classes']} classes, --data has {len(classes)}")
     args.size = size
     if D:
-        args.attention, args.sn_eps = D["attention"] or 0, D["sn_eps"]
+        args.attention, args.sn_eps = D.get("attention") or 0, D.get("sn_eps", args.sn_eps)
     if G:
-        args.dim_z, args.shared_dim, args.hierarchical = G["dim_z"], G["shared_dim"] or 0, G["hierarchical"]
+        args.dim_z, args.shared_dim = G.get("dim_z", args.dim_z), G.get("shared_dim") or 0
+        args.hierarchical = G.get("hierarchical", args.hierarchical)
 
 
 def check_classes(known, classes, path):

@@ -187,12 +187,12 @@ def train(args, checkpoint):
     batches = models.run_batches(dataset, args.batch_size, range(first_step, last_step), args.workers)
     say(f"{out}: steps {first_step} to {last_step} of {schedule_steps}, {epoch_steps} an epoch, on {world} x {device}")
 
-    facts = dict(size=args.crop_size, direction=args.direction)  # what the student translates, for models.py
+    facts = dict(script=NAME, size=args.crop_size, direction=args.direction)  # what the student translates
 
     def save(step):
         pools = [[image.cpu() for image in pool.images] for pool in (pool_B, pool_A, pool_S)]
         own = dict(losses=meter.state(), pools=pools)
-        record = dict(script=NAME, step=step, best=best, scores=scores) | facts
+        record = facts | dict(step=step, best=best, scores=scores)
         models.save_checkpoint(out / "checkpoint.pt", networks, optimizers, own, **record)
         if rank == 0:
             models.save_generator(out / "student.pt", shipped, **facts)

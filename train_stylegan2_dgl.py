@@ -155,8 +155,8 @@ def train(args, checkpoint):
         if stages_over != checkpoint["stages_over"]:
             found = f"stages ended after steps {checkpoint['stages_over']}, not {stages_over}"
             raise InputError(f"{out}: {found}; stages that are over keep their lengths")
-    models.open_output(args, first_step)
     images = StoredSquares(files, args.size, args.cache or out, say, args.workers)
+    models.open_output(args, first_step)
     dataset = TrainingImages(images, args.mirror, args.seed)
     micro_batches = range(first_step * args.accumulate, last_step * args.accumulate)
     batches = models.run_batches(dataset, args.batch_size, micro_batches, args.workers)
