@@ -998,7 +998,7 @@ def test_weights_are_downloaded(network, server, inception_file, vgg_file, tmp_p
 # models.py as a command, and README's snippets
 
 
-def test_a_folder_is_translated(tmp_path):
+def test_a_folder_is_translated(tmp_path, monkeypatch, capsys):
     """By models.py and student.pt alone: links are followed, what is no picture is skipped with a count."""
     net, photos = fill(ResnetGenerator(ngf=2, separable=True)), tmp_path / "photos"
     models.save_generator(tmp_path / "student.pt", net, size=20, direction="BtoA")
@@ -1012,13 +1012,6 @@ def test_a_folder_is_translated(tmp_path):
         picture.save(path)
     (photos / "broken.png").write_bytes(b"\x89PNG")
 
-    def translate(options):
-        command = [sys.executable, "models.py", "student.pt", *options.split(), "--device", "cpu"]
-        environment = ENVIRONMENT | dict(PYTHONIOENCODING="ascii")
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, check=True)
-        assert done.stderr.count("\n") == 1 and "skipped photos/broken.png: " in done.stderr
-        assert re.search(r"\n4 pictures translated into \S+, 1 file", done.stdout)
-
     def expected(image):
         height, width = image.height, image.width
         padding = [(0, max(-side % 4, 16 - side)) for side in (height, width)]
@@ -1026,10 +1019,16 @@ def test_a_folder_is_translated(tmp_path):
         output = net(torch.from_numpy(padded).permute(2, 0, 1)[None] / 127.5 - 1)[0, :, :height, :width]
         return (output.detach().permute(1, 2, 0).numpy() + 1) * 127.5
 
-    translate("photos trained")
-    translate("photos halves --size 0 --pairs")
-    translate("photos photos/native --size 0")
-    translate("photos photos/native --size 0")  # and none of what is there already
+    command = [sys.executable, "models.py", "student.pt", "photos", "trained", "--device", "cpu"]
+    environment = ENVIRONMENT | dict(PYTHONIOENCODING="ascii")
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, check=True)
+    assert done.stderr.count("\n") == 1 and "skipped photos/broken.png: " in done.stderr
+    monkeypatch.chdir(tmp_path)
+    models.main("student.pt photos halves --size 0 --pairs --device cpu".split())
+    for _ in range(2):  # the second time without what the first has written
+        models.main("student.pt photos photos/native --size 0 --device cpu".split())
+    found = re.findall(r"\n4 pictures translated into \S+, 1 file", done.stdout + capsys.readouterr().out)
+    assert len(found) == 4
     for name, source in (
         ("photos/native/deep/b.png", picture),
         ("trained/link/c.png", picture.resize((20, 31), Image.Resampling.BICUBIC)),
