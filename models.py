@@ -1886,35 +1886,20 @@ def translate_folder(net, source, target, size=None, pairs=False):
     Args:
         size: pixels; the shorter side is brought to it first. 0: it stays. None: what the network was trained at.
         pairs: each picture is a pair, two halves side by side, of which the input is translated.
+
+    Pictures that cannot be read are skipped, with a line on stderr. Raises InputError if that is all of them, and
+    before the first is translated if anything but earlier translations would be overwritten.
     """
-    source, target = Path(source), Path(target)
-    if not source.exists() or (source.is_file() and source.suffix.lower() == ".zip"):
-        raise InputError(f"{source}: no picture and no folder of pictures; unpack a .zip first")
     if pairs and net.facts.get("script", "pix2pix_dcd") != "pix2pix_dcd":
         raise InputError("--pairs: this network is not of Pix2Pix, its pictures are whole")
-    root = source if source.is_dir() else source.parent
-    written = target.resolve()
-    if written == root.resolve() or written in root.resolve().parents:
-        raise InputError(f"{target}: holds the pictures of {source}, which could be overwritten; choose another folder")
-    paths = map(Path, find_files(source) if source.is_dir() else [source])
-    places = {}  # what is written: the picture that it comes from
-    for path in sorted(path for path in paths if written not in path.resolve().parents):
-        place = (target / path.relative_to(root)).with_suffix(".png")
-        while place in places:  # of a.jpg, this is a.gif
-            place = place.with_name(f"{place.stem}_{path.suffix[1:]}.png")
-        places[place] = path
-        if place.exists() and not is_translation(place):
-            raise InputError(f"{place} exists, and is no translation of this program; choose another folder")
-
+    places = plan_translations(Path(source), Path(target))
     size = net.facts.get("size", 0) if size is None else size
     print(f"shorter sides of {size} pixels; --size 0: as they are" if size else "pictures keep their size; see --size")
-    count = 0
+    signature, count = PngInfo(), 0
+    signature.add_text("Software", SIGNATURE)
     for place, path in places.items():
         try:
-            with (
-                open(path, "rb") as file,
-                Image.open(file) as opened,
-            ):  # of a name, Pillow garbles TIFFs that are turned
+            with open(path, "rb") as file, Image.open(file) as opened:  # given a name, Pillow garbles turned TIFFs
                 image = to_rgb(opened)
             if pairs:
                 image = input_half(image, net.facts.get("direction"))
@@ -1924,19 +1909,37 @@ def translate_folder(net, source, target, size=None, pairs=False):
             image = translate(net, image)
         except Exception as error:  # Pillow's decoders raise nearly anything on what is no picture
             problem = f"{path}: {' '.join(str(error).split())}"
-            if path == source:
+            if path == Path(source):
                 raise InputError(problem) from error
             print(f"skipped {problem}", file=sys.stderr)
             continue
         place.parent.mkdir(parents=True, exist_ok=True)
-        signature = PngInfo()
-        signature.add_text("Software", SIGNATURE)
         image.save(place, pnginfo=signature)
         print(place)
         count += 1
     if not count:
         raise InputError(f"{source}: none of its {len(places)} files is a picture that can be read")
     print(f"{count} pictures translated into {target}, {len(places) - count} files skipped")
+
+
+def plan_translations(source, target):
+    """{what is to be written: the file that it comes from}; see translate_folder."""
+    if not source.exists() or (source.is_file() and source.suffix.lower() == ".zip"):
+        raise InputError(f"{source}: no picture and no folder of pictures; unpack a .zip first")
+    root = source if source.is_dir() else source.parent
+    inside = target.resolve()
+    if inside == root.resolve() or inside in root.resolve().parents:
+        raise InputError(f"{target}: holds the pictures of {source}, which could be overwritten; choose another folder")
+    paths = map(Path, find_files(source) if source.is_dir() else [source])
+    places = {}
+    for path in sorted(path for path in paths if inside not in path.resolve().parents):
+        place = (target / path.relative_to(root)).with_suffix(".png")
+        while place in places:  # of a.jpg, this is a.gif
+            place = place.with_name(f"{place.stem}_{path.suffix[1:]}.png")
+        places[place] = path
+        if place.exists() and not is_translation(place):
+            raise InputError(f"{place} exists, and is no translation of this program; choose another folder")
+    return places
 
 
 def input_half(pair, direction):
@@ -2067,30 +2070,18 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.error = lambda message: parser.exit(2, f"models.py: error: {message}\n")
     at = parser.add_argument
-    at(
-        "generator",
-        nargs="?",
-        metavar="student.pt",
-        help="a generator, or a checkpoint.pt; without: the table of costs",
-    )
+    at("generator", nargs="?", metavar="student.pt", help="a generator or checkpoint; without: the table of costs")
     at("paths", nargs="*", metavar="PATH", help="a picture or a folder of them, and the folder for their translations")
     at(
         "--size",
         type=at_least(0),
-        help="of their shorter side, pixels; as in training if not given; 0: as they are, of "
-        "which 12 megapixels take 4.3 GB",
+        help="of the shorter side, pixels; training's; 0: as it is, 12 megapixels take 4.3 GB",
     )
     at("--pairs", action="store_true", help="translate the input half of pictures that are pairs (Pix2Pix's)")
     at("--count", type=at_least(1), default=64, help="of a StyleGAN2 or BigGAN: draw so many into the folder PATH")
     at("--truncation", type=at_least(0.01), default=0.7, help="of their latents")
     at("--seed", type=at_least(0), default=0, help="of their latents")
-    at(
-        "--class",
-        dest="label",
-        type=at_least(0),
-        metavar="N",
-        help="of BigGAN's pictures; they take turns if not given",
-    )
+    at("--class", dest="label", type=at_least(0), metavar="N", help="of BigGAN's pictures; or they take turns")
     at("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda")
     args = parser.parse_intermixed_args(argv)
     print_anything()
@@ -2104,20 +2095,15 @@ def main(argv=None):
     try:
         net = load_generator(args.generator, device)
         draws = isinstance(net, (StyleGAN2Generator, BigGANGenerator))
-        wanted = "one folder, where to draw" if draws else "a folder of pictures, and another for their translations"
-        if len(args.paths) != (1 if draws else 2):
-            raise InputError(f"{args.generator} is a {type(net).__name__}: give {wanted}, found {len(args.paths)}")
-        no_use = args.label is not None
-        if draws:
-            no_use = args.pairs or args.size is not None
-        if no_use:
-            raise InputError(
-                f"{args.generator} is a {type(net).__name__}: it has no use for --pairs, --size or --class"
-            )
-        if draws:
+        if draws and len(args.paths) == 1 and args.size is None and not args.pairs:
             draw_samples(net, args.paths[0], args.count, args.truncation, args.seed, args.label)
-        else:
+        elif not draws and len(args.paths) == 2 and args.label is None:
             translate_folder(net, *args.paths, args.size, args.pairs)
+        else:
+            wanted = "pictures, and a folder for their translations; no --class"
+            if draws:
+                wanted = "one folder, where to draw; no --size, no --pairs"
+            raise InputError(f"{args.generator} is a {type(net).__name__}: give {wanted}")
     except (InputError, OSError) as error:
         parser.error(error)
 
