@@ -519,11 +519,11 @@ class ImageFiles:
         self.others = len(names) - len(self.names)
         if not self.names:
             raise InputError(
-                f"{source}: no images in it, {self.others} files of other kinds; known: {' '.join(EXTENSIONS)}"
+                f"{source}: no images in it, files of other kinds: {self.others}; known: {' '.join(EXTENSIONS)}"
             )
 
     def __str__(self):
-        left_out = f", {self.others} files of other kinds left out" if self.others else ""
+        left_out = f", files of other kinds left out: {self.others}" if self.others else ""
         return f"{self.source}: {len(self)} images{left_out}"
 
     def __len__(self):
@@ -580,13 +580,12 @@ class ImageFiles:
         return sizes
 
     def fingerprint(self, *more):
-        """Return a short digest of the files' names, sizes and dates (or the .zip's), the first's bytes, and more."""
+        """Return a short digest of the files' names, sizes and modification times, or of the .zip's, and of more."""
         paths = [self.source]
         if not self.zipped:
             paths = [os.path.join(self.source, name) for name in self.names]
         stats = [os.stat(path) for path in paths]
-        with self._open(self.names[0]) as file:
-            facts = (self.names, [(stat.st_size, stat.st_mtime) for stat in stats], file.read(), more)
+        facts = (self.names, [(stat.st_size, stat.st_mtime) for stat in stats], more)
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
@@ -682,7 +681,7 @@ def parse_args(argv):
         parser.error("--kid needs the images of both sets: give folders or .zip files")
     if args.score and args.A.endswith(".npz"):
         parser.error("--is needs the images of A: give a folder or .zip file")
-    if args.batch_size < 1 or args.workers < 0 or (args.size or 1) < 1:
+    if args.batch_size < 1 or args.workers < 0 or (args.size is not None and args.size < 1):
         parser.error("--batch-size and --size have to be 1 or more, --workers 0 or more")
     return args, parser
 

@@ -897,14 +897,18 @@ def load_file(path):
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of old pickles, which are then read or refused
             content = torch.load(path, map_location="cpu", weights_only=True)
+        if zipfile.is_zipfile(path):  # torch does not look at the check sums
+            with zipfile.ZipFile(path) as file:
+                if file.testzip():
+                    raise InputError("its check sums are wrong")
+    except MemoryError:
+        raise
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it asks for {found[1]}, and only plain tensors are loaded" if found else "damaged, or something else"
         raise InputError(f"{path}: not a checkpoint that can be trusted: {reason}") from error
     except Exception as error:  # torch raises nearly anything on a file of another kind
-        raise InputError(f"{path}: not a checkpoint, or truncated; copy it again ({type(error).__name__})") from error
-    if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # torch does not look at the check sums
-        raise InputError(f"{path}: damaged, its check sums are wrong; copy it again")
+        raise InputError(f"{path}: not a checkpoint, or damaged; copy it again ({type(error).__name__})") from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise InputError(f"{path}: expected a checkpoint, names to tensors, found {type(content).__name__}")
     return content
@@ -953,7 +957,7 @@ def load_weights(net, record, source):
         statistics = [key.removesuffix("running_var") for key in record if key.endswith("running_var")]
         if any(f"{key}weight" in record for key in statistics):
             raise InputError(
-                f"{source}: has batch norm, networks here have instance norm: train it with --norm instance"
+                f"{source}: has batch norm, ours have instance norm: train one here, or there with --norm instance"
             )
     try:
         net.load_state_dict(record)
@@ -991,10 +995,10 @@ def load_start(networks, teacher_names, args, checkpoint, script):
         records = dict(zip(names, map(load_file, paths), strict=False))
         for path, (name, record) in zip(paths, records.items(), strict=True):
             direction = back if name == "teacher_F" else args.direction
+            if "script" in record or "networks" in record:
+                check_script(record, script, path)
             if record.get("direction", direction) != direction:
                 raise InputError(f"{path}: translates {record['direction']}, expected {direction}; see --direction")
-            if "script" in record:
-                check_script(record, script, path)
         first = records[names[0]]
         if "networks" in first:
             if len(paths) > 1:
@@ -1430,8 +1434,8 @@ def say(text):
         print(text, flush=True)
 
 
-def print_anything():
-    """Lets names be printed that the terminal's encoding lacks, with question marks."""
+def replace_unprintable():
+    """Names that the terminal's encoding lacks are printed with question marks from here on."""
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's stream takes everything
         sys.stdout.reconfigure(errors="replace")
 
@@ -1543,7 +1547,7 @@ def add_run_options(parser, unit, eval_every, auto):
 
 
 # What may change when a run goes on, besides its budgets.
-FREE = "data cache vgg inception out resume overwrite device workers max_steps".split()
+FREE = "script data cache vgg inception out resume overwrite device workers max_steps".split()
 FREE += "log_every sample_every save_every eval_every".split()
 
 
@@ -1564,7 +1568,7 @@ def parse_run(parser, argv, name, toy, budgets, implied=()):
         try:
             defaults = json.loads((out / "args.json").read_text()) | dict(max_steps=None, overwrite=False)
         except (ValueError, TypeError) as error:
-            raise InputError(f"{out}/args.json: damaged ({error}); give the run's options anew, without it") from error
+            raise InputError(f"{out}/args.json: damaged ({error}); put a copy back, or choose another --out") from error
         if defaults.get("script", name) != name:
             raise InputError(f"{out}: holds a run of train_{defaults['script']}.py")
         if (out / "checkpoint.pt").exists():
@@ -1602,8 +1606,10 @@ def check_output(args):
     elif out.is_dir():
         for path in map(Path, find_files(out)):
             ours = out / "toy_data" in path.parents
-            if not ours and path.suffix.lower() in (".pt", ".pth", *Image.registered_extensions()):
-                raise InputError(f"{path}: is no run's, and may be lost where a run writes; choose another --out")
+            if not ours and path.suffix.lower() in (".pt", ".pth", ".pkl", *Image.registered_extensions()):
+                raise InputError(
+                    f"{path}: choose an empty --out, where nothing of yours is lost or left out of the data"
+                )
     for path in filter(None, [*np.ravel(args.teacher), args.student]):
         if args.overwrite and Path(path).resolve().parent == out.resolve():
             raise InputError(f"{path}: lies in {out}, which --overwrite empties; choose another --out")
@@ -1682,8 +1688,9 @@ def load_checkpoint(path, script):
 
 
 def check_script(content, script, path):
+    """InputError unless what path holds was written by that script."""
     if content.get("script") != script:
-        found = f"a checkpoint of train_{content['script']}.py" if "script" in content else "no checkpoint of a run"
+        found = f"a file of train_{content['script']}.py" if "script" in content else "no file of a run"
         raise InputError(f"{path}: {found}, expected one of train_{script}.py")
 
 
@@ -1781,7 +1788,7 @@ def stop_asked():
 
 def run_script(name, parse_args, train, argv=None):
     """The main function of a script: train(*parse_args(argv)); bad input is one line on stderr and exit status 2."""
-    print_anything()
+    replace_unprintable()
     handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         train(*parse_args(argv))
@@ -1906,13 +1913,17 @@ def translate_folder(net, source, target, size=None, pairs=False):
             if size:
                 scale = size / min(image.size)
                 image = image.resize([round(scale * side) for side in image.size], Image.Resampling.BICUBIC)
-            image = translate(net, image)
         except Exception as error:  # Pillow's decoders raise nearly anything on what is no picture
             problem = f"{path}: {' '.join(str(error).split())}"
             if path == Path(source):
                 raise InputError(problem) from error
             print(f"skipped {problem}", file=sys.stderr)
             continue
+        try:
+            image = translate(net, image)
+        except RuntimeError as error:  # out of memory
+            problem = f"{path}: fails with {image.width}x{image.height} pixels, give a smaller --size"
+            raise InputError(f"{problem} ({str(error).splitlines()[0]})") from error
         place.parent.mkdir(parents=True, exist_ok=True)
         image.save(place, pnginfo=signature)
         print(place)
@@ -1927,12 +1938,15 @@ def plan_translations(source, target):
     if not source.exists() or (source.is_file() and source.suffix.lower() == ".zip"):
         raise InputError(f"{source}: no picture and no folder of pictures; unpack a .zip first")
     root = source if source.is_dir() else source.parent
-    inside = target.resolve()
-    if inside == root.resolve() or inside in root.resolve().parents:
+    real_root, real_target = root.resolve(), target.resolve()
+    if real_target == real_root:
         raise InputError(f"{target}: holds the pictures of {source}, which could be overwritten; choose another folder")
     paths = map(Path, find_files(source) if source.is_dir() else [source])
+    if real_root in real_target.parents:  # translations of an earlier call are no source
+        paths = (path for path in paths if real_target not in path.resolve().parents)
+    known = Image.registered_extensions()
     places = {}
-    for path in sorted(path for path in paths if inside not in path.resolve().parents):
+    for path in sorted(paths, key=lambda path: (path.suffix.lower() not in known, path)):  # pictures choose first
         place = (target / path.relative_to(root)).with_suffix(".png")
         while place in places:  # of a.jpg, this is a.gif
             place = place.with_name(f"{place.stem}_{path.suffix[1:]}.png")
@@ -1955,7 +1969,7 @@ def is_translation(path):
     try:
         with Image.open(path) as image:
             return image.info.get("Software") == SIGNATURE
-    except OSError:
+    except (OSError, Image.DecompressionBombError):
         return False
 
 
@@ -1975,7 +1989,7 @@ def draw_samples(net, target, count, truncation, seed, label=None):
     grid_path = target.with_name(f"{target.name}_grid.png")
     for path in (*paths, grid_path):
         if path.exists():
-            raise InputError(f"{path} exists: choose another folder")
+            raise InputError(f"{path} exists: choose another folder, or empty this one")
     target.mkdir(parents=True, exist_ok=True)
     device = next(net.parameters()).device
     torch.manual_seed(seed)
@@ -1993,6 +2007,8 @@ def draw_samples(net, target, count, truncation, seed, label=None):
         if sys.stdout and sys.stdout.isatty():
             print(f"{n + 1}/{count}", end="\r", flush=True)
     save_grid(grid_path, {f"truncation {truncation:g}, seed {seed}": torch.stack(images)}, 8)
+    if label is not None:
+        print(f"class {label}: {net.facts['classes'][label] if 'classes' in net.facts else 'without a name'}")
     print(f"{count} pictures in {target}, the first in {grid_path}")
 
 
@@ -2072,19 +2088,21 @@ def main(argv=None):
     at = parser.add_argument
     at("generator", nargs="?", metavar="student.pt", help="a generator or checkpoint; without: the table of costs")
     at("paths", nargs="*", metavar="PATH", help="a picture or a folder of them, and the folder for their translations")
-    at(
-        "--size",
-        type=at_least(0),
-        help="of the shorter side, pixels; training's; 0: as it is, 12 megapixels take 4.3 GB",
-    )
+    at("--size", type=at_least(0), help="pixels of the shorter side; 0: native, of which 12 megapixels take 4.3 GB")
     at("--pairs", action="store_true", help="translate the input half of pictures that are pairs (Pix2Pix's)")
     at("--count", type=at_least(1), default=64, help="of a StyleGAN2 or BigGAN: draw so many into the folder PATH")
     at("--truncation", type=at_least(0.01), default=0.7, help="of their latents")
     at("--seed", type=at_least(0), default=0, help="of their latents")
-    at("--class", dest="label", type=at_least(0), metavar="N", help="of BigGAN's pictures; or they take turns")
+    at(
+        "--class",
+        dest="label",
+        type=at_least(0),
+        metavar="N",
+        help="BigGAN: number of the class; all in turn if not given",
+    )
     at("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda")
     args = parser.parse_intermixed_args(argv)
-    print_anything()
+    replace_unprintable()
     try:
         device = torch.empty(1, device=args.device).device
     except (RuntimeError, AssertionError):  # a build of torch without CUDA raises the second

@@ -454,7 +454,7 @@ train_stylegan2_dgl | --teacher-kimg 0 --teacher {bad}/pair.pt --size 16 | its i
 train_biggan_dgl | --data {bad}/odd/train | lies in no class folder
 train_biggan_dgl | --teacher {bad}/classes.pt --teacher-kimg 0 | its class 1 is 'z', in --data 'y'
 train_stylegan2_dgl | --data {bad}/floats | float.tif: not a readable image (its values have 32 bits
-train_cyclegan_dcd | --teacher {bad}/batch.pt | has batch norm, networks here have instance norm
+train_cyclegan_dcd | --teacher {bad}/batch.pt | has batch norm, ours have instance norm
 train_cyclegan_dcd | --teacher {bad}/nested.pt | or such an entry 'state_dict', found epoch, model
 train_cyclegan_dcd | --student {bad}/student.pt --direction BtoA | translates AtoB, expected BtoA
 models | {bad}/narrow.pt a b | narrow.pt: not a file of save_generator
@@ -462,8 +462,8 @@ models | {bad}/student.pt {bad}/odd/train {bad}/odd/train | could be overwritten
 models | {bad}/student.pt {bad}/floats/float.tif out | float.tif: its values have 32 bits
 models | {bad}/student.pt {bad}/data.zip out | unpack a .zip first
 models | {bad}/student.pt {bad}/odd/val {bad}/odd/train | 0.png exists, and is no translation of this program
-models | {bad}/flipped.pt a b | flipped.pt: damaged, its check sums are wrong
-train_cyclegan_dcd | --out {bad}/odd/val | 0.png: is no run's, and may be lost where a run writes
+models | {bad}/flipped.pt a b | flipped.pt: not a checkpoint, or damaged; copy it again
+train_cyclegan_dcd | --out {bad}/odd/val | 0.png: choose an empty --out
 fid | {bad}/odd/train gone | gone: no such folder
 fid | {bad}/odd/train --is | train: 2 images, needed are 10 or more
 fid | {bad}/floats {bad}/odd/train | float.tif: not a readable image (its values have 32 bits
@@ -502,7 +502,7 @@ def test_bad_input(row, data, bad, tmp_path, capsys, monkeypatch):
     if program.startswith("train"):
         words = arguments(program.removeprefix("train_"), data, "out", options)
     assert message in refused(capsys, program, words)
-    assert not Path("out/student.pt").exists() and not Path("executed").exists()
+    assert not Path("out/args.json").exists() and not Path("executed").exists()
 
 
 @every_script
@@ -1011,6 +1011,7 @@ def test_a_folder_is_translated(tmp_path, monkeypatch, capsys):
     for path in (photos / "a.jpg", photos / "deep/b.png", tmp_path / "elsewhere/c.png", photos / "\udce9.png"):
         picture.save(path)
     (photos / "broken.png").write_bytes(b"\x89PNG")
+    (photos / "a.gz").touch()
 
     def expected(image):
         height, width = image.height, image.width
@@ -1022,12 +1023,13 @@ def test_a_folder_is_translated(tmp_path, monkeypatch, capsys):
     command = [sys.executable, "models.py", "student.pt", "photos", "trained", "--device", "cpu"]
     environment = ENVIRONMENT | dict(PYTHONIOENCODING="ascii")
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, check=True)
-    assert done.stderr.count("\n") == 1 and "skipped photos/broken.png: " in done.stderr
+    assert done.stderr.count("\n") == 2 and "skipped photos/broken.png: " in done.stderr
+    assert (tmp_path / "trained/a.png").exists()
     monkeypatch.chdir(tmp_path)
     models.main("student.pt photos halves --size 0 --pairs --device cpu".split())
     for _ in range(2):  # the second time without what the first has written
         models.main("student.pt photos photos/native --size 0 --device cpu".split())
-    found = re.findall(r"\n4 pictures translated into \S+, 1 file", done.stdout + capsys.readouterr().out)
+    found = re.findall(r"\n4 pictures translated into \S+, 2 file", done.stdout + capsys.readouterr().out)
     assert len(found) == 4
     for name, source in (
         ("photos/native/deep/b.png", picture),

@@ -53,7 +53,7 @@ def parse_args(argv):
     at(
         "--data",
         metavar="IMAGES",
-        help="a folder, or .zip, with a folder of images for each class; moved: give it with --resume",
+        help="a folder, or .zip, with a folder of images for each class; if moved, give it to --resume",
     )
     at("--size", type=int, choices=(32, 64, 128, 256), help="side of the images, pixels; the teacher's, or 128")
     at("--mirror", action=argparse.BooleanOptionalAction, default=False, help="flip half of the images, at random")
@@ -327,7 +327,11 @@ def read_given(args, classes):
 
 def take_shape(args, pair, path, needed, classes):
     """Gives args the shape of a pair read from path; InputError if a needed network is missing, or does not fit."""
-    check_classes(pair.pop("classes", None), classes, path)
+    known_classes = pair.pop("classes", None)
+    for name, record in pair.items():
+        if not record.get("network", "BigGAN").startswith("BigGAN"):
+            raise InputError(f"{path}: its {name} is a {record['network']}, expected a BigGAN's")
+    check_classes(known_classes, classes, path)
     for name in needed:
         if name not in pair:
             found = ", ".join(pair) or "none of them"
@@ -340,10 +344,9 @@ def take_shape(args, pair, path, needed, classes):
         raise InputError(f"{path}: it knows {D['n_classes']} classes, --data has {len(classes)}")
     args.size = size
     if D:
-        args.attention, args.sn_eps = D.get("attention") or 0, D.get("sn_eps", args.sn_eps)
+        args.attention, args.sn_eps = D["attention"] or 0, D["sn_eps"]
     if G:
-        args.dim_z, args.shared_dim = G.get("dim_z", args.dim_z), G.get("shared_dim") or 0
-        args.hierarchical = G.get("hierarchical", args.hierarchical)
+        args.dim_z, args.shared_dim, args.hierarchical = G["dim_z"], G["shared_dim"] or 0, G["hierarchical"]
 
 
 def check_classes(known, classes, path):

@@ -50,7 +50,7 @@ def parse_args(argv):
     """Returns the arguments and, when resuming, the checkpoint."""
     parser = models.run_parser(__doc__)
     at = parser.add_argument_group("data").add_argument
-    at("--data", metavar="FOLDER", help="holds trainA/ trainB/ testA/ testB/; moved: give it with --resume")
+    at("--data", metavar="FOLDER", help="holds trainA/ trainB/ testA/ testB/; if moved, give it to --resume")
     at("--direction", choices=("AtoB", "BtoA"), default="AtoB", help="which domain is translated into which")
     at("--crop-size", type=at_least(24), default=256, help="side of the random crops, pixels, a multiple of 4")
     at("--load-size", type=at_least(24), help="images are first resized to this square; 286/256 of --crop-size")

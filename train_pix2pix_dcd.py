@@ -54,7 +54,7 @@ def parse_args(argv):
     at(
         "--data",
         metavar="FOLDER",
-        help="holds train/ and val/ or test/, A left of B in each; moved: give it with --resume",
+        help="holds train/ and val/ or test/, A left of B in each; if moved, give it to --resume",
     )
     at("--direction", choices=("AtoB", "BtoA"), default="AtoB", help="which domain is translated into which")
     at("--crop-size", type=at_least(24), default=256, help="side of the random crops, pixels: 4 n, for a U-Net 256 n")

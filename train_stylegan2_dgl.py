@@ -56,7 +56,7 @@ def parse_args(argv):
     at(
         "--data",
         metavar="IMAGES",
-        help="a folder of images, searched recursively, or a .zip; moved: give it with --resume",
+        help="a folder of images, searched recursively, or a .zip; if moved, give it to --resume",
     )
     at("--size", type=int, choices=SIZES, help="side of the images, pixels; the teacher's, or 256")
     at("--mirror", action=argparse.BooleanOptionalAction, default=False, help="flip half of the images, at random")
