@@ -1592,11 +1592,15 @@ def parse_run(parser, argv, name, toy, budgets, implied=()):
     return args, checkpoint
 
 
-# The folder of a run
+# The folder of a run; find_files leaves it out of --data
+
+RUN_FILES = "checkpoint.pt student.pt best_student.pt teacher.pt stage1.pt stage2.pt log.jsonl summary.json".split()
 
 
 def check_output(args):
-    """Makes the output folder, on rank 0; InputError if it holds a run, or the trained networks of the new one."""
+    """Makes the output folder, on rank 0. InputError if it holds a run, and for anything that the new one would lose:
+    files of its names, pictures of --data, with --overwrite the networks that it is given.
+    """
     out = Path(args.out)
     if processes()[0] > 0:
         return
@@ -1604,12 +1608,13 @@ def check_output(args):
         if not (args.resume or args.overwrite):
             raise InputError(f"{out}: holds a run; go on with --resume, replace it with --overwrite, or choose --out")
     elif out.is_dir():
-        for path in map(Path, find_files(out)):
-            ours = out / "toy_data" in path.parents
-            if not ours and path.suffix.lower() in (".pt", ".pth", ".pkl", *Image.registered_extensions()):
-                raise InputError(
-                    f"{path}: choose an empty --out, where nothing of yours is lost or left out of the data"
-                )
+        for path in map(out.joinpath, RUN_FILES):
+            if path.exists():
+                raise InputError(f"{path}: is no run's, and would be overwritten; choose another --out")
+        if args.data and Path(args.data).resolve() in (out.resolve(), *out.resolve().parents):
+            for path in find_files(out):
+                if Path(path).suffix.lower() in Image.registered_extensions():
+                    raise InputError(f"{path}: lies in --data, and would be left out of it; choose another --out")
     for path in filter(None, [*np.ravel(args.teacher), args.student]):
         if args.overwrite and Path(path).resolve().parent == out.resolve():
             raise InputError(f"{path}: lies in {out}, which --overwrite empties; choose another --out")
@@ -1622,9 +1627,8 @@ def open_output(args, step):
         return
     out = Path(args.out)
     if args.overwrite:
-        names = "checkpoint.pt student.pt best_student.pt teacher.pt stage1.pt stage2.pt log.jsonl summary.json"
         samples = [path for path in out.glob("samples/*.png") if re.fullmatch(r"(stage\d_)?\d{7}", path.stem)]
-        for path in (*samples, *map(out.joinpath, names.split())):
+        for path in (*samples, *map(out.joinpath, RUN_FILES)):
             path.unlink(missing_ok=True)
     if args.resume and (out / "log.jsonl").exists():
         lines = [line for line in (out / "log.jsonl").read_text().splitlines() if line.endswith("}")]

@@ -463,7 +463,8 @@ models | {bad}/student.pt {bad}/floats/float.tif out | float.tif: its values hav
 models | {bad}/student.pt {bad}/data.zip out | unpack a .zip first
 models | {bad}/student.pt {bad}/odd/val {bad}/odd/train | 0.png exists, and is no translation of this program
 models | {bad}/flipped.pt a b | flipped.pt: not a checkpoint, or damaged; copy it again
-train_cyclegan_dcd | --out {bad}/odd/val | 0.png: choose an empty --out
+train_cyclegan_dcd | --out {bad} | student.pt: is no run's, and would be overwritten
+train_biggan_dgl | --data {bad}/classes --out {bad}/classes/x | 0.png: lies in --data, and would be left out of it
 fid | {bad}/odd/train gone | gone: no such folder
 fid | {bad}/odd/train --is | train: 2 images, needed are 10 or more
 fid | {bad}/floats {bad}/odd/train | float.tif: not a readable image (its values have 32 bits
@@ -488,6 +489,7 @@ def bad(data, tmp_path_factory):
     Image.fromarray(np.ones((16, 16), np.float32)).save(root / "floats/float.tif")
     shutil.copytree(data / "cyclegan_dcd", root / "header")
     (root / "header/testB/1.png").write_bytes(b"no image")
+    shutil.copytree(data / "biggan_dgl", root / "classes")
     shutil.copytree(data / "pix2pix_dcd", root / "odd")
     Image.new("RGB", (201, 100)).save(root / "odd/train/0.png")
     return root
