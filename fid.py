@@ -448,8 +448,10 @@ def to_rgb(image):
     with contextlib.suppress(Exception):  # damaged EXIF data count for none
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
-        grey = np.asarray(image) / 257 + 0.5
-        image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
+        grey = np.asarray(image)
+        levels = (grey / 257 + 0.5).clip(0, 255).astype(np.uint8)
+        levels[grey == image.info.get("transparency", -1)] = 255
+        image = Image.fromarray(levels)
     elif image.mode == "La":  # Pillow has no direct way
         image = image.convert("LA")
     if image.has_transparency_data:

@@ -1820,7 +1820,10 @@ def to_rgb(image):
         raise InputError("its values have 32 bits and no known range: save it with 8 or 16 bits")
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image) / 257 + 0.5).clip(0, 255).astype(np.uint8))
+        grey = np.asarray(image)
+        levels = (grey / 257 + 0.5).clip(0, 255).astype(np.uint8)
+        levels[grey == image.info.get("transparency", -1)] = 255
+        image = Image.fromarray(levels)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

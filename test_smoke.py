@@ -1177,11 +1177,14 @@ def test_every_kind_of_image_becomes_rgb(to_rgb):
     Image.fromarray(np.rot90(rgb)).save(turned, "png", exif=exif)
     half = Image.fromarray(rgb)
     half.putalpha(128)
+    holed = Image.fromarray(grey.astype(np.uint16) * 257)
+    holed.info["transparency"] = 4 * 257
     for dtype in (np.float32, np.int32):
         fails("32 bits and no known range", to_rgb, Image.fromarray(grey.astype(dtype)))
     for image, expected in (
         (Image.fromarray(grey.astype(np.uint16) * 257), grey[..., None]),
         (half, rgb * (128 / 255) + 127),
+        (holed, np.where(grey == 4, 255, grey)[..., None]),
         (Image.open(turned), rgb),
     ):
         found = to_rgb(image)
