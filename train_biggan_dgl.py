@@ -50,11 +50,7 @@ def parse_args(argv):
     """Returns the arguments and, when resuming, the checkpoint."""
     parser = models.run_parser(__doc__)
     at = parser.add_argument_group("data").add_argument
-    at(
-        "--data",
-        metavar="IMAGES",
-        help="a folder, or .zip, with a folder of images for each class; if moved, give it to --resume",
-    )
+    at("--data", metavar="IMAGES", help="a folder for each class, in a folder or .zip; if moved, give it to --resume")
     at("--size", type=int, choices=(32, 64, 128, 256), help="side of the images, pixels; the teacher's, or 128")
     at("--mirror", action=argparse.BooleanOptionalAction, default=False, help="flip half of the images, at random")
     at("--cache", metavar="FOLDER", help="where the resized images are kept, 3 SIZE^2 bytes each; OUT")

@@ -53,11 +53,7 @@ def parse_args(argv):
     """Returns the arguments and, when resuming, the checkpoint."""
     parser = models.run_parser(__doc__)
     at = parser.add_argument_group("data").add_argument
-    at(
-        "--data",
-        metavar="IMAGES",
-        help="a folder of images, searched recursively, or a .zip; if moved, give it to --resume",
-    )
+    at("--data", metavar="IMAGES", help="a folder, with subfolders, or .zip of images; if moved, give it to --resume")
     at("--size", type=int, choices=SIZES, help="side of the images, pixels; the teacher's, or 256")
     at("--mirror", action=argparse.BooleanOptionalAction, default=False, help="flip half of the images, at random")
     at("--cache", metavar="FOLDER", help="where the resized images are kept, 3 SIZE^2 bytes each; OUT")
@@ -232,8 +228,8 @@ def train(args, checkpoint):
                 (loss_G / args.accumulate).backward()
             finish_step(optimizer_G)
 
-            # Path length: E[ (|J_w^T y| - a)^2 ] on half a batch. The mean length of the batch is a part of a: with
-            # several micro-batches a first pass measures it, from the same random numbers as the second
+            # Path length: E[ (|J_w^T y| - a)^2 ] on half a batch. The mean length of this process's batch is a part of
+            # a: with several micro-batches a first pass measures it, from the same random numbers as the second
             if args.path_weight and (step - 1 - stage_start) % args.path_every == 0:
                 optimizer_G.zero_grad()
                 half, batch_mean = max(1, args.batch_size // 2), None
