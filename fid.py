@@ -378,12 +378,12 @@ def measure(batches, inception, keep=()):
     return stats, {name: gather_rows(torch.cat(kept[name])) for name in keep}
 
 
-def image_stats(files, inception, batch_size=50, workers=0, keep=(), progress=False):
+def image_stats(files, inception, batch_size=50, workers=0, keep=()):
     """Return FeatureStats of ImageFiles and a dictionary of what to keep, in their order: see measure.
 
-    workers: processes that decode images, 0 for none. keep: names out of "features" and "logits". progress: count
-    batches on stderr. With torch.distributed initialised, every process has to call it: each measures its share of the
-    images, and all return the same. Raises InputError naming the first image that cannot be read.
+    workers: processes that decode images, 0 for none. keep: names out of "features" and "logits". Batches are counted
+    on stderr. With torch.distributed initialised, every process has to call it: each measures its share of the images,
+    and all return the same. Raises InputError naming the first image that cannot be read.
     """
     device = next(inception.parameters()).device
     rank, world = processes()
@@ -395,7 +395,7 @@ def image_stats(files, inception, batch_size=50, workers=0, keep=(), progress=Fa
         for i, pictures in enumerate(loader, 1):
             tensors = [pil_to_tensor(picture).to(device) for picture in pictures]
             yield torch.cat([bilinear(tensor[None] / 255) for tensor in tensors])  # they may differ in size
-            if progress and i % 20 == 0:
+            if rank == 0 and i % 20 == 0:
                 print(f"{files.source}: batch {i} of {len(loader)}", file=sys.stderr)
 
     return measure(batches(), inception, keep)
@@ -452,8 +452,6 @@ def to_rgb(image):
         levels = (grey / 257 + 0.5).clip(0, 255).astype(np.uint8)
         levels[grey == image.info.get("transparency", -1)] = 255
         image = Image.fromarray(levels)
-    elif image.mode == "La":  # Pillow has no direct way
-        image = image.convert("LA")
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
@@ -466,24 +464,23 @@ def refuse_32_bits(image):
         raise InputError("its values have 32 bits and no known range: save it with 8 or 16 bits")
 
 
-def find_files(folder, above=()):
-    """Return the paths of all files below a folder; links are followed. As in models.py.
+def find_files(folder):
+    """Return the paths of all files below a folder; links are followed, but not in circles. As in models.py.
 
-    Without what starts with a dot, and without what a training run wrote: of a folder below that holds args.json and
-    samples/ this args.json alone is found, and if this folder does, its samples/ is left out.
+    Without what starts with a dot, and without samples/ beside an args.json, which a training run wrote.
     """
-    real = os.path.realpath(folder)
-    with os.scandir(folder) as entries:
-        entries = {entry.name: entry for entry in entries if not entry.name.startswith(".")}
-    if real in above:  # a link to a folder above
-        return []
-    if "args.json" in entries and "samples" in entries:
-        if above:
-            return [entries["args.json"].path]
-        del entries["samples"]
+
+    def stop(error):
+        raise error
+
     paths = []
-    for entry in entries.values():
-        paths += find_files(entry.path, (*above, real)) if os.path.isdir(entry.path) else [entry.path]
+    for place, folders, names in os.walk(folder, onerror=stop, followlinks=True):
+        here = pathlib.Path(place).resolve()
+        for name in [*folders]:
+            circle = pathlib.Path(place, name).resolve() in (here, *here.parents)
+            if circle or name.startswith(".") or (name == "samples" and "args.json" in names):
+                folders.remove(name)
+        paths += [os.path.join(place, name) for name in names if not name.startswith(".")]
     return paths
 
 
@@ -722,7 +719,7 @@ def run(args, device):
     for source, images in files.items():
         if rank == 0:
             print(images, file=sys.stderr)
-        stats[source], kept[source] = image_stats(images, inception, args.batch_size, args.workers, keep, rank == 0)
+        stats[source], kept[source] = image_stats(images, inception, args.batch_size, args.workers, keep)
     if rank > 0:
         return
 

@@ -40,7 +40,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from PIL.PngImagePlugin import PngInfo
 from torch import nn
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
@@ -1009,15 +1008,59 @@ def load_start(networks, teacher_names, args, checkpoint, script):
     return trained
 
 
+def read_given(args, script, network, shape):
+    """Reads the pairs of a DGL script's --teacher and --student -> {"teacher_d": what load_networks takes, ..}.
+
+    Of a teacher D and G's average, of a student all. args take the files' shape: the options named in shape.
+    Raises InputError for a pair without a network that is needed, for another network than of classes whose names start
+    with network, and for images of another --size.
+    """
+    records = {}
+    for role, needed in (("teacher", ["d"]), ("student", ["g", "d", "g_ema"])):
+        paths = getattr(args, role)
+        if not paths:
+            continue
+        paths = [paths] if isinstance(paths, str) else paths
+        source = " ".join(paths)
+        pair = read_pair(paths, role, script)
+        for name in needed:
+            if name not in pair:
+                found = ", ".join(pair) or "none of them"
+                raise InputError(f"{source}: has no {name!r}, expected the networks g, d and g_ema, found {found}")
+        for name in ("d", "g_ema"):
+            record = pair.get(name, {})
+            found, config = record.get("network", network), record.get("config", {})
+            if not found.startswith(network):
+                raise InputError(f"{source}: its {name} is a {found}, expected a {network}'s")
+            if args.size not in (None, config.get("size", args.size)):
+                raise InputError(f"{source}: its images are of {config['size']} pixels, not of {args.size}")
+            vars(args).update({option: config[option] for option in shape if option in config})
+        if role == "teacher":
+            pair = {name: pair[name] for name in ("d", "g_ema", "classes") if name in pair}
+        records |= {f"{role}_{name}": record for name, record in pair.items()}
+    return records
+
+
 def read_pair(paths, role, script):
     """Reads a trained generator and discriminator -> {"g", "d", "g_ema": what load_weights takes}, those there are;
     of a BigGAN of ours also "classes", the names of its classes.
 
     Args:
-        paths: one file, {g, d, g_ema} of the community's or of save_pair, or a checkpoint.pt of the script; or bare
-            state dicts of D and of G_ema, a file each.
+        paths: one file, {g, d, g_ema} of the community's or of save_pair, NVIDIA's, or a checkpoint.pt of the script;
+            or bare state dicts of D and of G_ema, a file each.
         role: "teacher" or "student", whose networks are meant in a checkpoint.pt.
+
+    What an NVIDIA pickle says is printed. Its D is given clean images: its augment_pipe is not run.
     """
+    if is_nvidia_pickle(paths[0]):
+        content = load_nvidia(paths[0])
+        for note in content["notes"]:
+            say(f"{paths[0]}: {note}")
+        if content["augment_p"]:
+            say(f"{paths[0]}: D learnt from augmented images (p = {content['augment_p']:.3g}), it is given clean ones")
+        if content["mirror"]:
+            say(f"{paths[0]}: trained on mirrored images too, use --mirror")
+        return {name: pack(content[name]) for name in ("g", "d", "g_ema") if content[name]}
     contents = [load_file(path) for path in paths]
     if "network" in contents[0]:
         raise InputError(f"{paths[0]}: a generator alone, expected a file with its discriminator: stage1.pt, stage2.pt")
@@ -1528,22 +1571,34 @@ def at_least(minimum):
     return parse
 
 
+def add_section(parser, title):
+    """Begins a section of the help -> option, its add_argument, and number(name, default, help, minimum): an option
+    that takes numbers of the default's type; if no minimum is given, integers from 1 and floats from 0 on."""
+    group = parser.add_argument_group(title)
+
+    def number(name, default, help, minimum=None):
+        if minimum is None:
+            minimum = 1 if isinstance(default, int) else 0.0
+        group.add_argument(name, type=at_least(minimum), default=default, help=help)
+
+    return group.add_argument, number
+
+
 def add_run_options(parser, unit, eval_every, auto):
-    group = parser.add_argument_group("run")
-    at, either = group.add_argument, group.add_mutually_exclusive_group().add_argument
-    at("--out", metavar="FOLDER", help="where everything is written; runs/SCRIPT_DATA if it is not given")
-    either("--resume", action="store_true", help="go on with the run in OUT, exactly; budgets may change")
-    either("--overwrite", action="store_true", help="replace the run in OUT")
-    at("--seed", type=at_least(0), default=0, help="of all random numbers")
-    at("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    at("--amp", choices=("auto", "bf16", "off"), default="auto", help=f"auto: TF32{auto}; off: true float32")
-    at("--workers", type=at_least(0), default=4, help="data loader processes")
-    at("--max-steps", type=at_least(1), help="stop after so many steps; the schedule stays as it is")
-    at("--log-every", type=at_least(1), default=100, help="steps between lines of log.jsonl")
-    at("--sample-every", type=at_least(0), default=1000, help="steps between sample grids; 0: none")
-    at("--save-every", type=at_least(1), default=1000, help="steps between checkpoints")
-    at("--eval-every", type=at_least(0), default=eval_every, help=f"{unit} between evaluations; 0: none")
-    at("--inception", default="auto", help="FID Inception: auto (is downloaded), a weight file, or none")
+    option, number = add_section(parser, "run")
+    option("--out", metavar="FOLDER", help="where everything is written; runs/SCRIPT_DATA if it is not given")
+    option("--resume", action="store_true", help="go on with the run in OUT, exactly; budgets may change")
+    option("--overwrite", action="store_true", help="replace the run in OUT")
+    number("--seed", 0, "of all random numbers", minimum=0)
+    option("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    option("--amp", choices=("auto", "bf16", "off"), default="auto", help=f"auto: TF32{auto}; off: true float32")
+    number("--workers", 4, "data loader processes", minimum=0)
+    option("--max-steps", type=at_least(1), help="stop after so many steps; the schedule stays as it is")
+    number("--log-every", 100, "steps between lines of log.jsonl")
+    number("--sample-every", 1000, "steps between sample grids; 0: none", minimum=0)
+    number("--save-every", 1000, "steps between checkpoints")
+    number("--eval-every", eval_every, f"{unit} between evaluations; 0: none", minimum=0)
+    option("--inception", default="auto", help="FID Inception: auto (is downloaded), a weight file, or none")
 
 
 # What may change when a run goes on, besides its budgets.
@@ -1556,12 +1611,14 @@ def parse_run(parser, argv, name, toy, budgets, implied=()):
 
     What the command line leaves out is, with --resume, as the run had it (OUT/args.json); otherwise with --toy as in
     toy, and with each option of implied as that says. Raises InputError when --resume finds no run, or an option that
-    contradicts it and is neither FREE nor one of the budgets.
+    contradicts it and is neither FREE nor one of the budgets: of stages, those that are not over.
     """
     given = parser.parse_args(argv)
     source = Path(given.data).resolve().stem if given.data else "toy"
     out = Path(given.out or f"runs/{name}_{source}")
     defaults, checkpoint = {}, None
+    if given.resume and given.overwrite:
+        raise InputError("--resume goes on with the run in OUT, --overwrite replaces it: give one of them")
     if given.resume:
         if not (out / "args.json").is_file():
             raise InputError(f"{out}: holds no run to go on with; leave out --resume to start one")
@@ -1573,6 +1630,7 @@ def parse_run(parser, argv, name, toy, budgets, implied=()):
             raise InputError(f"{out}: holds a run of train_{defaults['script']}.py")
         if (out / "checkpoint.pt").exists():
             checkpoint = load_checkpoint(out / "checkpoint.pt", name)
+            budgets = budgets[checkpoint.get("stage", 0) :]
         else:
             say(f"{out}: no checkpoint yet, the run starts from its beginning")
     else:
@@ -1592,14 +1650,23 @@ def parse_run(parser, argv, name, toy, budgets, implied=()):
     return args, checkpoint
 
 
-# The folder of a run; find_files leaves it out of --data
+def data_folder(args, checkpoint, write_toy_dataset):
+    """The folder or .zip of --data; with --toy alone toy_data in the run's folder, which is written when it begins."""
+    folder = Path(args.data or Path(args.out, "toy_data"))
+    if not (args.data or checkpoint) and processes()[0] == 0:
+        write_toy_dataset(folder)
+    barrier()
+    return folder
+
+
+# The folder of a run
 
 RUN_FILES = "checkpoint.pt student.pt best_student.pt teacher.pt stage1.pt stage2.pt log.jsonl summary.json".split()
 
 
 def check_output(args):
     """Makes the output folder, on rank 0. InputError if it holds a run, and for anything that the new one would lose:
-    files of its names, pictures of --data, with --overwrite the networks that it is given.
+    files of its names, with --overwrite the networks that it is given.
     """
     out = Path(args.out)
     if processes()[0] > 0:
@@ -1611,10 +1678,6 @@ def check_output(args):
         for path in map(out.joinpath, RUN_FILES):
             if path.exists():
                 raise InputError(f"{path}: is no run's, and would be overwritten; choose another --out")
-        if args.data and Path(args.data).resolve() in (out.resolve(), *out.resolve().parents):
-            for path in find_files(out):
-                if Path(path).suffix.lower() in Image.registered_extensions():
-                    raise InputError(f"{path}: lies in --data, and would be left out of it; choose another --out")
     for path in filter(None, [*np.ravel(args.teacher), args.student]):
         if args.overwrite and Path(path).resolve().parent == out.resolve():
             raise InputError(f"{path}: lies in {out}, which --overwrite empties; choose another --out")
@@ -1653,6 +1716,24 @@ def log(args, entry):
             file.write(json.dumps(entry) + "\n")
         texts = [f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in entry.items()]
         print("  ".join(texts), flush=True)
+
+
+class Pace:
+    """For the log: images per second, all processes together, and hours left at that pace."""
+
+    def __init__(self, step_images, last_step):
+        self.step_images, self.last_step = step_images, last_step
+
+    def restart(self, step):
+        """From here on: what came before was no step."""
+        self.step, self.time = step, time.perf_counter()
+
+    def read(self, step):
+        """{"images_per_second", "hours_left"}, over the steps since the last reading."""
+        pace = self.step_images * (step - self.step) / (time.perf_counter() - self.time)
+        hours_left = (self.last_step - step) * self.step_images / pace / 3600
+        self.restart(step)
+        return dict(images_per_second=pace, hours_left=hours_left)
 
 
 def save_checkpoint(path, networks, optimizers, own, **content):
@@ -1790,6 +1871,12 @@ def stop_asked():
     return number.item()
 
 
+def end_run(args, step, signal_number):
+    """Ends the process as the signal asks for, after the step's checkpoint."""
+    say(f"stopped after step {step}, saved; go on: --out {args.out} --resume")
+    sys.exit(128 + signal_number)
+
+
 def run_script(name, parse_args, train, argv=None):
     """The main function of a script: train(*parse_args(argv)); bad input is one line on stderr and exit status 2."""
     replace_unprintable()
@@ -1816,38 +1903,39 @@ def to_rgb(image):
 
     Raises InputError for 32 bits, whose range can't be known. As in fid.py, which works without this file.
     """
-    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
+    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):  # those two have 16 bits
         raise InputError("its values have 32 bits and no known range: save it with 8 or 16 bits")
-    image = ImageOps.exif_transpose(image)
+    image.load()
+    with contextlib.suppress(Exception):  # damaged EXIF data count for none
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         grey = np.asarray(image)
         levels = (grey / 257 + 0.5).clip(0, 255).astype(np.uint8)
         levels[grey == image.info.get("transparency", -1)] = 255
         image = Image.fromarray(levels)
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
     return image.convert("RGB")
 
 
-def find_files(folder, above=()):
-    """The paths of all files below a folder; links are followed. As in fid.py.
+def find_files(folder):
+    """The paths of all files below a folder; links are followed, but not in circles. As in fid.py.
 
-    Without what starts with a dot, and without what a training run wrote: of a folder below that holds args.json and
-    samples/ this args.json alone is found, and if this folder does, its samples/ is left out.
+    Without what starts with a dot, and without samples/ beside an args.json, which a training run wrote.
     """
-    real = os.path.realpath(folder)
-    with os.scandir(folder) as entries:
-        entries = {entry.name: entry for entry in entries if not entry.name.startswith(".")}
-    if real in above:  # a link to a folder above
-        return []
-    if "args.json" in entries and "samples" in entries:
-        if above:
-            return [entries["args.json"].path]
-        del entries["samples"]
+
+    def stop(error):
+        raise error
+
     paths = []
-    for entry in entries.values():
-        paths += find_files(entry.path, (*above, real)) if os.path.isdir(entry.path) else [entry.path]
+    for place, folders, names in os.walk(folder, onerror=stop, followlinks=True):
+        here = Path(place).resolve()
+        for name in [*folders]:
+            circle = Path(place, name).resolve() in (here, *here.parents)
+            if circle or name.startswith(".") or (name == "samples" and "args.json" in names):
+                folders.remove(name)
+        paths += [os.path.join(place, name) for name in names if not name.startswith(".")]
     return paths
 
 
@@ -1891,9 +1979,6 @@ def to_image(pixels):
     return Image.fromarray(levels.round().byte().permute(1, 2, 0).cpu().numpy())
 
 
-SIGNATURE = "models.py of DCD and DGL-GAN"  # in the translations, so that no other picture is overwritten
-
-
 def translate_folder(net, source, target, size=None, pairs=False):
     """Translates a picture, or every picture below a folder, into a PNG of the same name below the folder target.
 
@@ -1902,15 +1987,12 @@ def translate_folder(net, source, target, size=None, pairs=False):
         pairs: each picture is a pair, two halves side by side, of which the input is translated.
 
     Pictures that cannot be read are skipped, with a line on stderr. Raises InputError if that is all of them, and
-    before the first is translated if anything but earlier translations would be overwritten.
+    before the first is translated if anything would be overwritten.
     """
-    if pairs and net.facts.get("script", "pix2pix_dcd") != "pix2pix_dcd":
-        raise InputError("--pairs: this network is not of Pix2Pix, its pictures are whole")
     places = plan_translations(Path(source), Path(target))
     size = net.facts.get("size", 0) if size is None else size
     print(f"shorter sides of {size} pixels; --size 0: as they are" if size else "pictures keep their size; see --size")
-    signature, count = PngInfo(), 0
-    signature.add_text("Software", SIGNATURE)
+    count = 0
     for place, path in places.items():
         try:
             with open(path, "rb") as file, Image.open(file) as opened:  # given a name, Pillow garbles turned TIFFs
@@ -1922,7 +2004,7 @@ def translate_folder(net, source, target, size=None, pairs=False):
                 image = image.resize([round(scale * side) for side in image.size], Image.Resampling.BICUBIC)
         except Exception as error:  # Pillow's decoders raise nearly anything on what is no picture
             problem = f"{path}: {' '.join(str(error).split())}"
-            if path == Path(source):
+            if len(places) == 1:
                 raise InputError(problem) from error
             print(f"skipped {problem}", file=sys.stderr)
             continue
@@ -1932,7 +2014,7 @@ def translate_folder(net, source, target, size=None, pairs=False):
             problem = f"{path}: fails with {image.width}x{image.height} pixels, give a smaller --size"
             raise InputError(f"{problem} ({str(error).splitlines()[0]})") from error
         place.parent.mkdir(parents=True, exist_ok=True)
-        image.save(place, pnginfo=signature)
+        image.save(place)
         print(place)
         count += 1
     if not count:
@@ -1941,25 +2023,24 @@ def translate_folder(net, source, target, size=None, pairs=False):
 
 
 def plan_translations(source, target):
-    """{what is to be written: the file that it comes from}; see translate_folder."""
-    if not source.exists() or (source.is_file() and source.suffix.lower() == ".zip"):
+    """{the PNG to be written: the file that it comes from}; InputError where one of the first exists."""
+    if source.is_dir():
+        root, paths = source, map(Path, find_files(source))
+    elif source.is_file() and source.suffix.lower() != ".zip":
+        root, paths = source.parent, [source]
+    else:
         raise InputError(f"{source}: no picture and no folder of pictures; unpack a .zip first")
-    root = source if source.is_dir() else source.parent
-    real_root, real_target = root.resolve(), target.resolve()
-    if real_target == real_root:
-        raise InputError(f"{target}: holds the pictures of {source}, which could be overwritten; choose another folder")
-    paths = map(Path, find_files(source) if source.is_dir() else [source])
-    if real_root in real_target.parents:  # translations of an earlier call are no source
-        paths = (path for path in paths if real_target not in path.resolve().parents)
+    if target.resolve() == root.resolve():
+        raise InputError(f"{target}: holds the pictures themselves; choose another folder")
     known = Image.registered_extensions()
     places = {}
     for path in sorted(paths, key=lambda path: (path.suffix.lower() not in known, path)):  # pictures choose first
         place = (target / path.relative_to(root)).with_suffix(".png")
         while place in places:  # of a.jpg, this is a.gif
             place = place.with_name(f"{place.stem}_{path.suffix[1:]}.png")
+        if place.exists():
+            raise InputError(f"{place} exists: choose another folder, or empty this one")
         places[place] = path
-        if place.exists() and not is_translation(place):
-            raise InputError(f"{place} exists, and is no translation of this program; choose another folder")
     return places
 
 
@@ -1969,15 +2050,6 @@ def input_half(pair, direction):
         raise InputError(f"it is {pair.width} pixels wide, expected two halves side by side")
     left = pair.width // 2 if direction == "BtoA" else 0
     return pair.crop((left, 0, left + pair.width // 2, pair.height))
-
-
-def is_translation(path):
-    """Whether a file was written by translate_folder."""
-    try:
-        with Image.open(path) as image:
-            return image.info.get("Software") == SIGNATURE
-    except (OSError, Image.DecompressionBombError):
-        return False
 
 
 @torch.inference_mode()
@@ -2010,13 +2082,13 @@ def draw_samples(net, target, count, truncation, seed, label=None):
         else:
             image = net(torch.randn(1, net.style_dim, generator=generator).to(device), truncation, center)[0]
         to_image(image).save(path)
+        print(path)
         images = (images + [image])[:64]
-        if sys.stdout and sys.stdout.isatty():
-            print(f"{n + 1}/{count}", end="\r", flush=True)
-    save_grid(grid_path, {f"truncation {truncation:g}, seed {seed}": torch.stack(images)}, 8)
+    title = f"truncation {truncation:g}, seed {seed}"
     if label is not None:
-        print(f"class {label}: {net.facts['classes'][label] if 'classes' in net.facts else 'without a name'}")
-    print(f"{count} pictures in {target}, the first in {grid_path}")
+        title += f", class {label} {net.facts.get('classes', {label: ''})[label]}"
+    save_grid(grid_path, {title: torch.stack(images)}, 8)
+    print(f"the first of them in {grid_path}")
 
 
 def published_conv_flops(x_shape, w_shape, _bias, _stride, _padding, _dilation, _transposed, *_, out_shape=None, **__):
@@ -2072,19 +2144,21 @@ def write_summary(out, step, scores, calls):
 
 def print_costs(device):
     """What each generator of the papers costs: the original, then the compressed ones."""
-    image = torch.randn(1, 3, 256, 256, device=device)
-    z512, z120 = (torch.randn(1, n, device=device) for n in (512, 120))
-    label = torch.zeros(1, dtype=torch.long, device=device)
-    measure_cost("ResNet-9, ngf 64", ResnetGenerator().to(device), image)
+
+    def measure(name, net, *inputs):
+        measure_cost(name, net.to(device), *(x.to(device) for x in inputs))
+
+    image, label = torch.randn(1, 3, 256, 256), torch.zeros(1, dtype=torch.long)
+    measure("ResNet-9, ngf 64", ResnetGenerator(), image)
     for ngf in (64, 16):
-        measure_cost(f"mobile ResNet-9, ngf {ngf}", ResnetGenerator(ngf=ngf, separable=True).to(device), image)
+        measure(f"mobile ResNet-9, ngf {ngf}", ResnetGenerator(ngf=ngf, separable=True), image)
     for ngf in (64, 16):
-        measure_cost(f"U-Net-256, ngf {ngf}", UnetGenerator(ngf=ngf).to(device), image)
+        measure(f"U-Net-256, ngf {ngf}", UnetGenerator(ngf=ngf), image)
     for size in (256, 1024):
         for width in (1, 0.5, 0.25):
-            measure_cost(f"StyleGAN2-{size}, width {width}", StyleGAN2Generator(size, width=width).to(device), z512)
+            measure(f"StyleGAN2-{size}, width {width}", StyleGAN2Generator(size, width=width), torch.randn(1, 512))
     for ch in (96, 48):
-        measure_cost(f"BigGAN-128, ch {ch}", BigGANGenerator(128, ch).to(device), z120, label)
+        measure(f"BigGAN-128, ch {ch}", BigGANGenerator(128, ch), torch.randn(1, 120), label)
     print(f"one picture on {device}, {torch.get_num_threads()} threads, float32; image networks at 256x256")
     print("as published: the papers' tables count a transposed convolution four times")
 

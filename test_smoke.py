@@ -458,13 +458,12 @@ train_cyclegan_dcd | --teacher {bad}/batch.pt | has batch norm, ours have instan
 train_cyclegan_dcd | --teacher {bad}/nested.pt | or such an entry 'state_dict', found epoch, model
 train_cyclegan_dcd | --student {bad}/student.pt --direction BtoA | translates AtoB, expected BtoA
 models | {bad}/narrow.pt a b | narrow.pt: not a file of save_generator
-models | {bad}/student.pt {bad}/odd/train {bad}/odd/train | could be overwritten; choose another folder
+models | {bad}/student.pt {bad}/odd/train {bad}/odd/train | holds the pictures themselves; choose another folder
 models | {bad}/student.pt {bad}/floats/float.tif out | float.tif: its values have 32 bits
 models | {bad}/student.pt {bad}/data.zip out | unpack a .zip first
-models | {bad}/student.pt {bad}/odd/val {bad}/odd/train | 0.png exists, and is no translation of this program
+models | {bad}/student.pt {bad}/odd/val {bad}/odd/train | 0.png exists: choose another folder
 models | {bad}/flipped.pt a b | flipped.pt: not a checkpoint, or damaged; copy it again
 train_cyclegan_dcd | --out {bad} | student.pt: is no run's, and would be overwritten
-train_biggan_dgl | --data {bad}/classes --out {bad}/classes/x | 0.png: lies in --data, and would be left out of it
 fid | {bad}/odd/train gone | gone: no such folder
 fid | {bad}/odd/train --is | train: 2 images, needed are 10 or more
 fid | {bad}/floats {bad}/odd/train | float.tif: not a readable image (its values have 32 bits
@@ -1029,10 +1028,9 @@ def test_a_folder_is_translated(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "trained/a.png").exists()
     monkeypatch.chdir(tmp_path)
     models.main("student.pt photos halves --size 0 --pairs --device cpu".split())
-    for _ in range(2):  # the second time without what the first has written
-        models.main("student.pt photos photos/native --size 0 --device cpu".split())
+    models.main("student.pt photos photos/native --size 0 --device cpu".split())
     found = re.findall(r"\n4 pictures translated into \S+, 2 file", done.stdout + capsys.readouterr().out)
-    assert len(found) == 4
+    assert len(found) == 3
     for name, source in (
         ("photos/native/deep/b.png", picture),
         ("trained/link/c.png", picture.resize((20, 31), Image.Resampling.BICUBIC)),
@@ -1201,7 +1199,6 @@ def test_files_are_found(find_files, tmp_path):
     (tmp_path / "b/circle").symlink_to(tmp_path)
     found = sorted(os.path.relpath(path, tmp_path) for path in find_files(tmp_path))
     assert found == ["a.png", "b/a.png", "link/a.png", "run/args.json"]
-    assert find_files(tmp_path / "run") == [str(tmp_path / "run/args.json")]
 
 
 @dgl_scripts

@@ -23,8 +23,6 @@ import copy
 import functools
 import itertools
 import math
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -36,11 +34,12 @@ import fid
 import models
 from fid import ImageFiles, StoredSquares, frechet_distance, generated_stats, kept_stats
 from losses import LossMeter, discriminator_loss, finish_step, generator_loss, update_ema
-from models import BigGANDiscriminator, BigGANGenerator, InputError, at_least, init_biggan, processes, say
+from models import BigGANDiscriminator, BigGANGenerator, InputError, init_biggan, processes, say
 
 NAME = "biggan_dgl"
 STAGES = ("the teacher", "the student alone", "the student and D_T")
 BUDGETS = ("teacher_kimg", "stage1_kimg", "stage2_kimg")
+SHAPE = ("size", "attention", "sn_eps", "dim_z", "shared_dim", "hierarchical")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Arguments
@@ -49,52 +48,44 @@ BUDGETS = ("teacher_kimg", "stage1_kimg", "stage2_kimg")
 def parse_args(argv):
     """Returns the arguments and, when resuming, the checkpoint."""
     parser = models.run_parser(__doc__)
-    at = parser.add_argument_group("data").add_argument
-    at("--data", metavar="IMAGES", help="a folder for each class, in a folder or .zip; if moved, give it to --resume")
-    at("--size", type=int, choices=(32, 64, 128, 256), help="side of the images, pixels; the teacher's, or 128")
-    at("--mirror", action=argparse.BooleanOptionalAction, default=False, help="flip half of the images, at random")
-    at("--cache", metavar="FOLDER", help="where the resized images are kept, 3 SIZE^2 bytes each; OUT")
-    at("--toy", action="store_true", help="small networks; without --data a synthetic data set: shapes of six classes")
-    at = parser.add_argument_group("networks; files of ours keep their own sizes and widths").add_argument
-    at("--teacher", nargs="+", metavar="FILE", help="trained D [G_ema], state dicts; or our teacher.pt, checkpoint.pt")
-    at("--student", metavar="FILE", help="a stage1.pt, stage2.pt or checkpoint.pt of ours to start from")
-    at("--teacher-ch", type=at_least(1), default=96, help="channel multiplier of the teacher's networks")
-    at("--student-ch", type=at_least(1), default=48, help="channel multiplier of the student's generator")
-    at("--student-d-ch", type=at_least(1), default=96, help="channel multiplier of the student's discriminator")
-    at("--dim-z", type=at_least(8), default=120, help="length of the latent; rounded down to fit the blocks")
-    at("--shared-dim", type=at_least(0), default=128, help="length of the class embedding; 0: a table in every norm")
-    at("--hierarchical", action=argparse.BooleanOptionalAction, default=True, help="every block gets a part of z")
-    at(
-        "--attention",
-        type=int,
-        choices=(0, 16, 32, 64, 128),
-        default=64,
-        help="side of the maps that an attention layer reads; 0: none",
-    )
-    at("--init", choices=("orthogonal", "normal"), default="orthogonal", help="of the weights; normal: N(0, 0.02)")
-    at("--sn-eps", type=at_least(0.0), default=1e-6, help="epsilon of the spectral norm")
-    at = parser.add_argument_group("method").add_argument
-    at("--teacher-kimg", type=at_least(0.0), default=280000.0, help="stage 0, thousand real images; 0 with --teacher")
-    at("--stage1-kimg", type=at_least(0.0), default=280000.0, help="stage 1, thousand real images; 0 with --student")
-    at("--stage2-kimg", type=at_least(0.0), default=280000.0, help="stage 2, thousand real images")
-    at("--lambda-dgl", type=at_least(0.0), default=0.1, help="stage 2: weight of D_T's term")
-    at("--ema-decay", type=at_least(0.0), default=0.9999, help="of G's moving average, a step")
-    at("--ema-start", type=at_least(0), default=20000, help="steps of a pair before which the average is a copy")
-    at = parser.add_argument_group("optimisation").add_argument
-    at("--batch-size", type=at_least(1), default=256, help="images per process and micro-batch")
-    at("--accumulate", type=at_least(1), default=8, help="micro-batches whose gradients make one update, of G and D")
-    at("--d-steps", type=at_least(1), default=1, help="updates of D for each of G")
-    at("--lr", type=at_least(0.0), default=1e-4, help="learning rate of G")
-    at("--d-lr", type=at_least(0.0), default=4e-4, help="learning rate of D")
-    at("--adam-eps", type=at_least(0.0), default=1e-6, help="epsilon of Adam")
-    at("--eval-images", type=at_least(20), default=50000, help="images that G's moving average draws for FID and IS")
+    option, number = models.add_section(parser, "data")
+    option("--data", metavar="IMAGES", help="a folder a class, in a folder or .zip; if moved, give it to --resume")
+    option("--size", type=int, choices=(32, 64, 128, 256), help="side of the images, pixels; the teacher's, or 128")
+    option("--mirror", action=argparse.BooleanOptionalAction, default=False, help="flip half of the images, at random")
+    option("--cache", metavar="FOLDER", help="where the resized images are kept, 3 SIZE^2 bytes each; OUT")
+    option("--toy", action="store_true", help="small networks; without --data synthetic pictures, six shapes")
+    option, number = models.add_section(parser, "networks; files of ours keep their own sizes and widths")
+    option("--teacher", nargs="+", metavar="FILE", help="trained D [G_ema], or our teacher.pt or checkpoint.pt")
+    option("--student", metavar="FILE", help="a stage1.pt, stage2.pt or checkpoint.pt of ours to start from")
+    number("--teacher-ch", 96, "channel multiplier of the teacher's networks")
+    number("--student-ch", 48, "channel multiplier of the student's generator")
+    number("--student-d-ch", 96, "channel multiplier of the student's discriminator")
+    number("--dim-z", 120, "length of the latent; rounded down to fit the blocks", minimum=8)
+    number("--shared-dim", 128, "length of the class embedding; 0: a table in every norm", minimum=0)
+    option("--hierarchical", action=argparse.BooleanOptionalAction, default=True, help="every block gets a part of z")
+    option("--attention", type=int, choices=(0, 16, 32, 64, 128), default=64, help="side of maps with attention, or 0")
+    option("--init", choices=("orthogonal", "normal"), default="orthogonal", help="of the weights; normal: N(0, 0.02)")
+    number("--sn-eps", 1e-6, "epsilon of the spectral norm")
+    option, number = models.add_section(parser, "method")
+    number("--teacher-kimg", 280000.0, "stage 0, thousand real images; 0 with --teacher")
+    number("--stage1-kimg", 280000.0, "stage 1, thousand real images; 0 with --student")
+    number("--stage2-kimg", 280000.0, "stage 2, thousand real images")
+    number("--lambda-dgl", 0.1, "stage 2: weight of D_T's term")
+    number("--ema-decay", 0.9999, "of G's moving average, a step")
+    number("--ema-start", 20000, "steps of a pair before which the average is a copy", minimum=0)
+    option, number = models.add_section(parser, "optimisation")
+    number("--batch-size", 256, "images per process and micro-batch")
+    number("--accumulate", 8, "micro-batches whose gradients make one update, of G and D")
+    number("--d-steps", 1, "updates of D for each of G")
+    number("--lr", 1e-4, "learning rate of G")
+    number("--d-lr", 4e-4, "learning rate of D")
+    number("--adam-eps", 1e-6, "epsilon of Adam")
+    number("--eval-images", 50000, "images that G's moving average draws for FID and IS", minimum=20)
     models.add_run_options(parser, unit="thousand images", eval_every=2000, auto=", and bf16 where the device has it")
     parser.set_defaults(log_every=10, sample_every=250, save_every=100)  # a step has 2048 images
 
     implied = dict(teacher=dict(teacher_kimg=0.0), student=dict(stage1_kimg=0.0))  # what is given need not be trained
     args, checkpoint = models.parse_run(parser, argv, NAME, TOY, BUDGETS, implied)
-    if not (args.teacher_kimg or args.stage1_kimg or args.stage2_kimg):
-        raise InputError("--teacher-kimg, --stage1-kimg and --stage2-kimg are all 0: nothing to train")
     if args.teacher and args.teacher_kimg:
         raise InputError(f"--teacher is trained already: leave out --teacher-kimg {args.teacher_kimg:g}")
     if args.stage2_kimg and not (args.teacher or args.teacher_kimg):
@@ -118,7 +109,7 @@ def train(args, checkpoint):
     bf16 = args.amp == "bf16" or (args.amp == "auto" and models.has_bf16(device))
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
     layout = models.fast_layout(device)
-    files, classes, labels = open_data(args, out, checkpoint)
+    files, classes, labels = open_data(args, checkpoint)
 
     def to_device(images):
         """uint8 on the host -> [-1, 1] on the device."""
@@ -126,8 +117,13 @@ def train(args, checkpoint):
 
     # Networks: a pair is G, D and G's moving average. Files that are given decide the shape of both pairs
     if checkpoint:
+        records = checkpoint["networks"]
         check_classes(checkpoint.get("classes"), classes, out)
-    records = checkpoint["networks"] if checkpoint else read_given(args, classes)
+    else:
+        records = models.read_given(args, NAME, "BigGAN", SHAPE)
+        for role in ("teacher", "student"):
+            if f"{role}_d" in records:
+                check_classes(records.get(f"{role}_classes"), classes, f"--{role}")
     args.size = args.size or 128
     torch.manual_seed(args.seed)
     teacher = build_pair(args, args.teacher_ch, args.teacher_ch, len(classes))
@@ -151,7 +147,8 @@ def train(args, checkpoint):
     stage_ends = list(itertools.accumulate(stage_steps))
     last_step = min(stage_ends[-1], args.max_steps or stage_ends[-1])
     eval_steps = math.ceil(args.eval_every * 1000 / step_images)
-    optimizers, meter, first_step, best, scores = {}, LossMeter(), 0, math.inf, {}
+    optimizers, first_step, best, scores = {}, 0, math.inf, {}
+    meter, pace = LossMeter(), models.Pace(step_images, last_step)
 
     # Resume
     torch.manual_seed(args.seed + rank)
@@ -159,10 +156,8 @@ def train(args, checkpoint):
         own = models.restore(checkpoint, networks, {})
         first_step, best, scores = checkpoint["step"], checkpoint["best"], checkpoint["scores"]
         meter = LossMeter(own["losses"])
-        stages_over = [end for end in stage_ends if end < first_step]
-        if stages_over != checkpoint["stages_over"]:
-            found = f"stages ended after steps {checkpoint['stages_over']}, not {stages_over}"
-            raise InputError(f"{out}: {found}; stages that are over keep their lengths")
+        if first_step > stage_ends[checkpoint["stage"]]:
+            raise InputError(f"{out}: stage {checkpoint['stage']} has been longer than that already")
     images = StoredSquares(files, args.size, args.cache or out, say, args.workers, Image.Resampling.BILINEAR)
     models.open_output(args, first_step)
     dataset = LabelledImages(images, labels, args.mirror, args.seed)
@@ -174,8 +169,7 @@ def train(args, checkpoint):
         models.broadcast_weights(networks.values())  # running statistics and spectral vectors: rank 0's
         own = dict(losses=meter.state())
         record = dict(script=NAME, step=step, stage=stage, best=best, scores=scores)
-        record |= dict(stages_over=stage_ends[:stage], classes=classes)
-        models.save_checkpoint(out / "checkpoint.pt", networks, optimizers, own, **record)
+        models.save_checkpoint(out / "checkpoint.pt", networks, optimizers, own, classes=classes, **record)
         if rank == 0 and stage:
             models.save_generator(out / "student.pt", student["g_ema"], classes=classes)
 
@@ -201,7 +195,7 @@ def train(args, checkpoint):
             for name, optimizer in optimizers.items():
                 optimizer.load_state_dict(checkpoint["optimizers"][name])
         models.defer_signals()
-        clock, clock_step = time.perf_counter(), steps[0] - 1
+        pace.restart(steps[0] - 1)
         for step in steps:
             # Discriminator: E[ max(0, 1 - D(x, y)) ] + E[ max(0, 1 + D(G(z, y'), y')) ]
             D.requires_grad_(True)
@@ -247,12 +241,9 @@ def train(args, checkpoint):
             # Log
             last, stage_over = step == last_step, step == stage_end
             if step % args.log_every == 0 or stage_over or last:
-                pace = step_images * (step - clock_step) / (time.perf_counter() - clock)
-                hours_left = (last_step - step) * step_images / pace / 3600
                 entry = dict(step=step, stage=stage, kimg=step * step_images / 1000, images=step * step_images)
-                entry |= dict(images_per_second=pace, hours_left=hours_left)
-                models.log(args, entry | meter.means())
-                meter, clock, clock_step = LossMeter(), time.perf_counter(), step
+                models.log(args, entry | pace.read(step) | meter.means())
+                meter = LossMeter()
 
             # Samples, of the student and of a teacher whose generator is known
             shown = dict(student=student["g_ema"]) if stage else {}
@@ -270,8 +261,7 @@ def train(args, checkpoint):
             if step % args.save_every == 0 or due or stage_over or last or stop_signal:
                 save(step, stage)
             if stop_signal:
-                say(f"stopped after step {step}, saved; go on: --out {out} --resume")
-                sys.exit(128 + stop_signal)
+                models.end_run(args, step, stop_signal)
 
             # Evaluate; a teacher that no longer learns is measured once
             if due:
@@ -285,7 +275,7 @@ def train(args, checkpoint):
                     if rank == 0:
                         models.save_generator(out / "best_student.pt", student["g_ema"], classes=classes)
                 save(step, stage)
-                clock, clock_step = time.perf_counter(), step
+                pace.restart(step)
 
     if rank == 0:
         y = torch.zeros(1, dtype=torch.long, device=device)
@@ -305,44 +295,6 @@ def build_pair(args, g_ch, d_ch, n_classes):
     for net in (G, D):
         init_biggan(net, args.init == "orthogonal")
     return dict(g=G, d=D, g_ema=copy.deepcopy(G).eval())
-
-
-def read_given(args, classes):
-    """Reads --teacher and --student -> {"teacher_d": what load_networks takes, ..}. args take the files' shape."""
-    records = {}
-    if args.teacher:
-        pair = models.read_pair(args.teacher, "teacher", NAME)
-        take_shape(args, pair, " ".join(args.teacher), ["d"], classes)
-        records |= {f"teacher_{name}": pair[name] for name in ("d", "g_ema") if name in pair}
-    if args.student:
-        pair = models.read_pair([args.student], "student", NAME)
-        take_shape(args, pair, args.student, ["g", "d", "g_ema"], classes)
-        records |= {f"student_{name}": record for name, record in pair.items()}
-    return records
-
-
-def take_shape(args, pair, path, needed, classes):
-    """Gives args the shape of a pair read from path; InputError if a needed network is missing, or does not fit."""
-    known_classes = pair.pop("classes", None)
-    for name, record in pair.items():
-        if not record.get("network", "BigGAN").startswith("BigGAN"):
-            raise InputError(f"{path}: its {name} is a {record['network']}, expected a BigGAN's")
-    check_classes(known_classes, classes, path)
-    for name in needed:
-        if name not in pair:
-            found = ", ".join(pair) or "none of them"
-            raise InputError(f"{path}: has no {name!r}, expected the networks g, d and g_ema, found {found}")
-    D, G = pair["d"].get("config", {}), pair.get("g_ema", {}).get("config", {})
-    size = D.get("size", args.size)
-    if args.size not in (None, size):
-        raise InputError(f"{path}: its images are of {size} pixels, not of {args.size}")
-    if D.get("n_classes", len(classes)) != len(classes):
-        raise InputError(f"{path}: it knows {D['n_classes']} classes, --data has {len(classes)}")
-    args.size = size
-    if D:
-        args.attention, args.sn_eps = D["attention"] or 0, D["sn_eps"]
-    if G:
-        args.dim_z, args.shared_dim, args.hierarchical = G["dim_z"], G["shared_dim"] or 0, G["hierarchical"]
 
 
 def check_classes(known, classes, path):
@@ -408,12 +360,9 @@ def save_samples(path, generators, classes, seed):
 # Data
 
 
-def open_data(args, out, checkpoint):
+def open_data(args, checkpoint):
     """The images' files, the names of the classes, and the class of each file; the toy's are written."""
-    data = Path(args.data or out / "toy_data")
-    if not (args.data or checkpoint) and processes()[0] == 0:
-        write_toy_dataset(data)
-    models.barrier()
+    data = models.data_folder(args, checkpoint, write_toy_dataset)
     files = ImageFiles(data)
     say(files)
     return files, *find_classes(files)

@@ -14,8 +14,6 @@ be too strong for the small student.
 import copy
 import functools
 import math
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -49,53 +47,46 @@ ARCHS = ("mobile_resnet_9blocks", "resnet_9blocks")
 def parse_args(argv):
     """Returns the arguments and, when resuming, the checkpoint."""
     parser = models.run_parser(__doc__)
-    at = parser.add_argument_group("data").add_argument
-    at("--data", metavar="FOLDER", help="holds trainA/ trainB/ testA/ testB/; if moved, give it to --resume")
-    at("--direction", choices=("AtoB", "BtoA"), default="AtoB", help="which domain is translated into which")
-    at("--crop-size", type=at_least(24), default=256, help="side of the random crops, pixels, a multiple of 4")
-    at("--load-size", type=at_least(24), help="images are first resized to this square; 286/256 of --crop-size")
-    at("--toy", action="store_true", help="small networks; without --data synthetic pictures: plain to striped objects")
-    at = parser.add_argument_group("networks; files of ours bring their own widths along").add_argument
-    at(
-        "--teacher",
-        nargs="+",
-        metavar="FILE",
-        help="trained G of that direction [F [D of its target [D_A]]]; or checkpoint.pt",
-    )
-    at("--student", metavar="FILE", help="a student.pt or checkpoint.pt of ours to start from")
-    at("--teacher-arch", choices=ARCHS, default=ARCHS[0], help="the teacher's generators")
-    at("--student-arch", choices=ARCHS, default=ARCHS[0], help="the student's generator")
-    at("--teacher-ngf", type=at_least(1), default=64, help="channels of the teacher's first convolution")
-    at("--student-ngf", type=at_least(1), default=16, help="channels of the student's first convolution")
-    at("--ndf", type=at_least(1), default=64, help="channels of the discriminators' first convolution")
-    at("--vgg", default="auto", help="VGG16 of the perceptual terms: auto (is downloaded) or a weight file")
-    at = parser.add_argument_group("method").add_argument
-    at("--lambda-gan", type=at_least(0.0), default=1.0, help="student: weight of the adversarial term")
-    at("--lambda-dcd", type=at_least(0.0), default=1.0, help="student: weight of the distillation of feature maps")
-    at("--lambda-style", type=at_least(0.0), default=1e4, help="student: weight of the Gram matrices in VGG16")
-    at("--lambda-feature", type=at_least(0.0), default=10.0, help="student: weight of relu2_2 of VGG16")
-    at("--lambda-cycle", type=at_least(0.0), default=10.0, help="teacher: weight of cycle consistency")
-    at("--lambda-identity", type=at_least(0.0), default=0.5, help="teacher: identity, as a part of the cycle weight")
-    at("--teacher-every", type=at_least(1), default=4, help="student steps per step of the teacher and its D")
-    at("--pool-size", type=at_least(0), default=50, help="past fakes that the discriminators see again, images")
-    at("--distill", choices=("dcd", "pixel"), default="dcd", help="compare feature maps through D_T, or pixel by pixel")
-    at("--tap-size", type=at_least(24), default=64, help="smaller feature maps are enlarged for D_T, pixels")
-    at("--d-fakes", choices=("both", "teacher", "none"), default="both", help="what D_T learns from; none: frozen")
-    at("--freeze-teacher", action="store_true", help="leave the teacher's generators as they are; D_T still learns")
-    at = parser.add_argument_group("optimisation").add_argument
-    at("--epochs", type=at_least(1), default=400, help="the student's passes through the data at full learning rate")
-    at("--epochs-decay", type=at_least(0), default=400, help="its further passes, the learning rate decaying to 0")
-    at("--batch-size", type=at_least(1), default=1, help="images per process and step")
-    at("--lr", type=at_least(0.0), default=2e-4, help="learning rate of Adam")
-    at("--ema", type=at_least(0.0), default=0.0, help="half-life of the student's moving average, images; 0: none")
+    option, number = models.add_section(parser, "data")
+    option("--data", metavar="FOLDER", help="holds trainA/ trainB/ testA/ testB/; if moved, give it to --resume")
+    option("--direction", choices=("AtoB", "BtoA"), default="AtoB", help="which domain is translated into which")
+    number("--crop-size", 256, "side of the random crops, pixels, a multiple of 4", minimum=24)
+    option("--load-size", type=at_least(24), help="images are first resized to this square; 286/256 of --crop-size")
+    option("--toy", action="store_true", help="small networks; without --data synthetic pictures, plain to striped")
+    option, number = models.add_section(parser, "networks; files of ours bring their own widths along")
+    option("--teacher", nargs="+", metavar="FILE", help="trained G [F [D of G's images [D of F's]]], or checkpoint.pt")
+    option("--student", metavar="FILE", help="a student.pt or checkpoint.pt of ours to start from")
+    option("--teacher-arch", choices=ARCHS, default=ARCHS[0], help="the teacher's generators")
+    option("--student-arch", choices=ARCHS, default=ARCHS[0], help="the student's generator")
+    number("--teacher-ngf", 64, "channels of the teacher's first convolution")
+    number("--student-ngf", 16, "channels of the student's first convolution")
+    number("--ndf", 64, "channels of the discriminators' first convolution")
+    option("--vgg", default="auto", help="VGG16 of the perceptual terms: auto (is downloaded) or a weight file")
+    option, number = models.add_section(parser, "method")
+    number("--lambda-gan", 1.0, "student: weight of the adversarial term")
+    number("--lambda-dcd", 1.0, "student: weight of the distillation of feature maps")
+    number("--lambda-style", 1e4, "student: weight of the Gram matrices in VGG16")
+    number("--lambda-feature", 10.0, "student: weight of relu2_2 of VGG16")
+    number("--lambda-cycle", 10.0, "teacher: weight of cycle consistency")
+    number("--lambda-identity", 0.5, "teacher: identity, as a part of the cycle weight")
+    number("--teacher-every", 4, "student steps per step of the teacher and its D")
+    number("--pool-size", 50, "past fakes that the discriminators see again, images", minimum=0)
+    option("--distill", choices=("dcd", "pixel"), default="dcd", help="feature maps through D_T or pixel by pixel")
+    number("--tap-size", 64, "smaller feature maps are enlarged for D_T, pixels", minimum=24)
+    option("--d-fakes", choices=("both", "teacher", "none"), default="both", help="what D_T learns from; none: frozen")
+    option("--freeze-teacher", action="store_true", help="leave the teacher's generators as they are; D_T still learns")
+    option, number = models.add_section(parser, "optimisation")
+    number("--epochs", 400, "the student's passes through the data at full learning rate")
+    number("--epochs-decay", 400, "its further passes, the learning rate decaying to 0", minimum=0)
+    number("--batch-size", 1, "images per process and step")
+    number("--lr", 2e-4, "learning rate of Adam")
+    number("--ema", 0.0, "half-life of the student's moving average, images; 0: none")
     models.add_run_options(parser, unit="epochs", eval_every=40, auto="")
 
     args, checkpoint = models.parse_run(parser, argv, NAME, TOY, budgets=("epochs", "epochs_decay"))
     args.load_size = args.load_size or round(args.crop_size * 286 / 256)
     if args.crop_size % 4 or args.load_size < args.crop_size:
         raise InputError(f"--crop-size {args.crop_size}: expected a multiple of 4, up to --load-size {args.load_size}")
-    if not (args.lambda_gan or args.lambda_dcd or args.lambda_style or args.lambda_feature):
-        raise InputError("all four weights of the student's objective are 0: nothing would be learnt")
     if args.freeze_teacher and not args.teacher:
         raise InputError("--freeze-teacher needs a trained --teacher FILE")
     if args.d_fakes == "none" and not args.freeze_teacher:
@@ -121,7 +112,7 @@ def train(args, checkpoint):
         return images.to(device, memory_format=layout, non_blocking=True)
 
     # Data: A is the source domain, B the target
-    dataset, test_A, test_B = open_data(args, out, checkpoint)
+    dataset, test_A, test_B = open_data(args, checkpoint)
 
     # Networks: the teacher is a whole CycleGAN. G (the paper's G_T) translates A to B and F back, teacher_D (the
     # paper's D_T) judges B and D_A judges A
@@ -172,7 +163,8 @@ def train(args, checkpoint):
     epoch_steps = math.ceil(len(dataset) / global_batch)
     schedule_steps = (args.epochs + args.epochs_decay) * epoch_steps
     last_step = min(schedule_steps, args.max_steps or schedule_steps)
-    first_step, best, scores, meter = 0, math.inf, {}, LossMeter()
+    first_step, best, scores = 0, math.inf, {}
+    meter, pace = LossMeter(), models.Pace(global_batch, last_step)
     torch.manual_seed(args.seed + rank)  # each process has random numbers of its own
     pool_B, pool_A, pool_S = (ImagePool(args.pool_size) for _ in range(3))
 
@@ -198,7 +190,7 @@ def train(args, checkpoint):
             models.save_generator(out / "student.pt", shipped, **facts)
 
     models.defer_signals()
-    clock, clock_step = time.perf_counter(), first_step
+    pace.restart(first_step)
     for step in range(first_step + 1, last_step + 1):
         real_A, real_B = map(to_device, next(batches))
         steps_left = schedule_steps - step + 1
@@ -275,13 +267,10 @@ def train(args, checkpoint):
         # Log
         last = step == last_step
         if step % args.log_every == 0 or last:
-            pace = global_batch * (step - clock_step) / (time.perf_counter() - clock)
             epoch = step * global_batch / len(dataset)
-            hours_left = (last_step - step) * global_batch / pace / 3600
             entry = dict(step=step, epoch=epoch, teacher_epoch=epoch / args.teacher_every, images=step * global_batch)
-            entry |= dict(lr=lr, images_per_second=pace, hours_left=hours_left)
-            models.log(args, entry | meter.means())
-            meter, clock, clock_step = LossMeter(), time.perf_counter(), step
+            models.log(args, entry | dict(lr=lr) | pace.read(step) | meter.means())
+            meter = LossMeter()
 
         # Samples
         if rank == 0 and args.sample_every and (step % args.sample_every == 0 or last):
@@ -293,8 +282,7 @@ def train(args, checkpoint):
         if step % args.save_every == 0 or due or last or stop_signal:
             save(step)
         if stop_signal:
-            say(f"stopped after step {step}, saved; go on: --out {out} --resume")
-            sys.exit(128 + stop_signal)
+            models.end_run(args, step, stop_signal)
 
         # Evaluate
         if due:
@@ -306,7 +294,7 @@ def train(args, checkpoint):
                 if rank == 0:
                     models.save_generator(out / "best_student.pt", shipped, **facts)
             save(step)
-            clock, clock_step = time.perf_counter(), step
+            pace.restart(step)
 
     if rank == 0:
         image = torch.randn(1, 3, args.crop_size, args.crop_size, device=device)
@@ -363,12 +351,9 @@ def save_samples(path, teacher_G, student_G, distill_loss, test_A, test_B):
 # Data
 
 
-def open_data(args, out, checkpoint):
+def open_data(args, checkpoint):
     """The training set and the test sets of A and B, whichever way --direction turns them; every header is read."""
-    data = Path(args.data or out / "toy_data")
-    if not (args.data or checkpoint) and models.processes()[0] == 0:
-        write_toy_dataset(data)
-    models.barrier()
+    data = models.data_folder(args, checkpoint, write_toy_dataset)
     source, target = args.direction[0], args.direction[-1]
     train_A, train_B = ImageFiles(data / f"train{source}"), ImageFiles(data / f"train{target}")
     test_A, test_B = ImageFiles(data / f"test{source}"), ImageFiles(data / f"test{target}")

@@ -17,8 +17,6 @@ import copy
 import functools
 import itertools
 import math
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -38,12 +36,13 @@ from losses import (
     r1_penalty,
     update_ema,
 )
-from models import InputError, StyleGAN2Discriminator, StyleGAN2Generator, at_least, processes, say
+from models import InputError, StyleGAN2Discriminator, StyleGAN2Generator, processes, say
 
 NAME = "stylegan2_dgl"
 SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
 STAGES = ("the teacher", "the student alone", "the student and D_T")
 BUDGETS = ("teacher_kimg", "stage1_kimg", "stage2_kimg")
+SHAPE = ("size", "channel_multiplier", "style_dim", "n_mlp")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Arguments
@@ -52,43 +51,41 @@ BUDGETS = ("teacher_kimg", "stage1_kimg", "stage2_kimg")
 def parse_args(argv):
     """Returns the arguments and, when resuming, the checkpoint."""
     parser = models.run_parser(__doc__)
-    at = parser.add_argument_group("data").add_argument
-    at("--data", metavar="IMAGES", help="a folder, with subfolders, or .zip of images; if moved, give it to --resume")
-    at("--size", type=int, choices=SIZES, help="side of the images, pixels; the teacher's, or 256")
-    at("--mirror", action=argparse.BooleanOptionalAction, default=False, help="flip half of the images, at random")
-    at("--cache", metavar="FOLDER", help="where the resized images are kept, 3 SIZE^2 bytes each; OUT")
-    at("--toy", action="store_true", help="small networks; without --data a synthetic data set of round faces")
-    at = parser.add_argument_group("networks; files that are given keep their own sizes and widths").add_argument
-    at("--teacher", metavar="FILE", help="NVIDIA's .pkl, the community's {g, d, g_ema}, our teacher.pt, checkpoint.pt")
-    at("--student", metavar="FILE", help="the same, to start from: a stage1.pt, stage2.pt or checkpoint.pt of ours")
-    at("--teacher-width", type=at_least(1 / 512), default=1.0, help="factor on the channels of the teacher's networks")
-    at("--student-width", type=at_least(1 / 512), default=0.5, help="factor on the channels of the student's G")
-    at("--student-d-width", type=at_least(1 / 512), default=0.5, help="factor on the channels of the student's D")
-    at("--channel-multiplier", type=at_least(1), default=2, help="of resolutions from 64 on; 2 is config f")
-    at("--style-dim", type=at_least(1), default=512, help="width of z, w and the mapping network")
-    at("--n-mlp", type=at_least(1), default=8, help="layers of the mapping network")
-    at = parser.add_argument_group("method").add_argument
-    at("--teacher-kimg", type=at_least(0.0), default=25000.0, help="stage 0, thousand images; 0 with --teacher")
-    at("--stage1-kimg", type=at_least(0.0), default=25000.0, help="stage 1, thousand images; 0 with --student")
-    at("--stage2-kimg", type=at_least(0.0), default=25000.0, help="stage 2, thousand images")
-    at("--lambda-dgl", type=at_least(0.0), default=0.1, help="stage 2: weight of D_T's term")
-    at("--r1-gamma", type=at_least(0.0), default=10.0, help="weight of D's gradient penalty on real images, 0: none")
-    at("--r1-every", type=at_least(1), default=16, help="steps between its steps")
-    at("--path-weight", type=at_least(0.0), default=2.0, help="weight of G's path length penalty, 0: none")
-    at("--path-every", type=at_least(1), default=4, help="steps between its steps")
-    at("--style-mixing", type=at_least(0.0), default=0.9, help="probability of mixing two latents")
-    at("--ema-kimg", type=at_least(0.0), default=10.0, help="half-life of G's moving average, thousand images")
-    at = parser.add_argument_group("optimisation").add_argument
-    at("--batch-size", type=at_least(1), default=32, help="images per process and micro-batch")
-    at("--accumulate", type=at_least(1), default=1, help="micro-batches whose gradients make one update, of G and D")
-    at("--lr", type=at_least(0.0), default=0.002, help="learning rate of Adam")
-    at("--eval-images", type=at_least(2), default=50000, help="images that G's moving average draws for a FID")
+    option, number = models.add_section(parser, "data")
+    option("--data", metavar="IMAGES", help="a folder or .zip, searched through; if moved, give it to --resume")
+    option("--size", type=int, choices=SIZES, help="side of the images, pixels; the teacher's, or 256")
+    option("--mirror", action=argparse.BooleanOptionalAction, default=False, help="flip half of the images, at random")
+    option("--cache", metavar="FOLDER", help="where the resized images are kept, 3 SIZE^2 bytes each; OUT")
+    option("--toy", action="store_true", help="small networks; without --data synthetic pictures, round faces")
+    option, number = models.add_section(parser, "networks; files that are given keep their own sizes and widths")
+    option("--teacher", metavar="FILE", help="NVIDIA's .pkl, the community's {g, d, g_ema}, a teacher.pt of ours")
+    option("--student", metavar="FILE", help="the same, to start from: a stage1.pt, stage2.pt or checkpoint.pt of ours")
+    number("--teacher-width", 1.0, "factor on the channels of the teacher's networks", minimum=1 / 512)
+    number("--student-width", 0.5, "factor on the channels of the student's G", minimum=1 / 512)
+    number("--student-d-width", 0.5, "factor on the channels of the student's D", minimum=1 / 512)
+    number("--channel-multiplier", 2, "of resolutions from 64 on; 2 is config f")
+    number("--style-dim", 512, "width of z, w and the mapping network")
+    number("--n-mlp", 8, "layers of the mapping network")
+    option, number = models.add_section(parser, "method")
+    number("--teacher-kimg", 25000.0, "stage 0, thousand images; 0 with --teacher")
+    number("--stage1-kimg", 25000.0, "stage 1, thousand images; 0 with --student")
+    number("--stage2-kimg", 25000.0, "stage 2, thousand images")
+    number("--lambda-dgl", 0.1, "stage 2: weight of D_T's term")
+    number("--r1-gamma", 10.0, "weight of D's gradient penalty on real images, 0: none")
+    number("--r1-every", 16, "steps between its steps")
+    number("--path-weight", 2.0, "weight of G's path length penalty, 0: none")
+    number("--path-every", 4, "steps between its steps")
+    number("--style-mixing", 0.9, "probability of mixing two latents")
+    number("--ema-kimg", 10.0, "half-life of G's moving average, thousand images")
+    option, number = models.add_section(parser, "optimisation")
+    number("--batch-size", 32, "images per process and micro-batch")
+    number("--accumulate", 1, "micro-batches whose gradients make one update, of G and D")
+    number("--lr", 0.002, "learning rate of Adam")
+    number("--eval-images", 50000, "images that G's moving average draws for a FID", minimum=2)
     models.add_run_options(parser, unit="thousand images", eval_every=500, auto=", and bf16 where the device has it")
 
     implied = dict(teacher=dict(teacher_kimg=0.0), student=dict(stage1_kimg=0.0))  # what is given need not be trained
     args, checkpoint = models.parse_run(parser, argv, NAME, TOY, BUDGETS, implied)
-    if not (args.teacher_kimg or args.stage1_kimg or args.stage2_kimg):
-        raise InputError("--teacher-kimg, --stage1-kimg and --stage2-kimg are all 0: nothing to train")
     if args.teacher and args.teacher_kimg:
         raise InputError(f"--teacher is trained already: leave out --teacher-kimg {args.teacher_kimg:g}")
     if args.stage2_kimg and not (args.teacher or args.teacher_kimg):
@@ -108,14 +105,14 @@ def train(args, checkpoint):
     bf16 = args.amp == "bf16" or (args.amp == "auto" and models.has_bf16(device))
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
     layout = models.fast_layout(device)
-    files = open_data(args, out, checkpoint)
+    files = open_data(args, checkpoint)
 
     def to_device(images):
         """uint8 on the host -> [-1, 1] on the device."""
         return images.to(device, memory_format=layout, non_blocking=True).float() / 127.5 - 1
 
     # Networks: a pair is G, D and G's moving average. Files that are given decide the shape of both pairs
-    records = checkpoint["networks"] if checkpoint else read_given(args)
+    records = checkpoint["networks"] if checkpoint else models.read_given(args, NAME, "StyleGAN2", SHAPE)
     args.size = args.size or 256
     torch.manual_seed(args.seed)
     teacher = build_pair(args, args.teacher_width, args.teacher_width)
@@ -139,7 +136,8 @@ def train(args, checkpoint):
     last_step = min(stage_ends[-1], args.max_steps or stage_ends[-1])
     eval_steps = math.ceil(args.eval_every * 1000 / step_images)
     ema_decay = 0.5 ** (step_images / max(1000 * args.ema_kimg, 1e-8))
-    optimizers, meter, first_step, best, scores = {}, LossMeter(), 0, math.inf, {}
+    optimizers, first_step, best, scores = {}, 0, math.inf, {}
+    meter, pace = LossMeter(), models.Pace(step_images, last_step)
 
     # Resume
     torch.manual_seed(args.seed + rank)
@@ -147,10 +145,8 @@ def train(args, checkpoint):
         own = models.restore(checkpoint, networks, {})
         first_step, best, scores = checkpoint["step"], checkpoint["best"], checkpoint["scores"]
         meter = LossMeter(own["losses"])
-        stages_over = [end for end in stage_ends if end < first_step]
-        if stages_over != checkpoint["stages_over"]:
-            found = f"stages ended after steps {checkpoint['stages_over']}, not {stages_over}"
-            raise InputError(f"{out}: {found}; stages that are over keep their lengths")
+        if first_step > stage_ends[checkpoint["stage"]]:
+            raise InputError(f"{out}: stage {checkpoint['stage']} has been longer than that already")
     images = StoredSquares(files, args.size, args.cache or out, say, args.workers)
     models.open_output(args, first_step)
     dataset = TrainingImages(images, args.mirror, args.seed)
@@ -161,7 +157,6 @@ def train(args, checkpoint):
     def save(step, stage):
         own = dict(losses=meter.state())
         record = dict(script=NAME, step=step, stage=stage, best=best, scores=scores)
-        record["stages_over"] = stage_ends[:stage]
         models.save_checkpoint(out / "checkpoint.pt", networks, optimizers, own, **record)
         if rank == 0 and stage:
             models.save_generator(out / "student.pt", student["g_ema"])
@@ -187,7 +182,7 @@ def train(args, checkpoint):
             for name, optimizer in optimizers.items():
                 optimizer.load_state_dict(checkpoint["optimizers"][name])
         models.defer_signals()
-        clock, clock_step = time.perf_counter(), steps[0] - 1
+        pace.restart(steps[0] - 1)
         for step in steps:
             # Discriminator: E[ softplus(-D(y)) ] + E[ softplus(D(G(z))) ]
             reals = [to_device(next(batches)) for _ in range(args.accumulate)]
@@ -255,12 +250,9 @@ def train(args, checkpoint):
             # Log
             last, stage_over = step == last_step, step == stage_end
             if step % args.log_every == 0 or stage_over or last:
-                pace = step_images * (step - clock_step) / (time.perf_counter() - clock)
-                hours_left = (last_step - step) * step_images / pace / 3600
                 entry = dict(step=step, stage=stage, kimg=step * step_images / 1000, images=step * step_images)
-                entry |= dict(images_per_second=pace, hours_left=hours_left)
-                models.log(args, entry | meter.means())
-                meter, clock, clock_step = LossMeter(), time.perf_counter(), step
+                models.log(args, entry | pace.read(step) | meter.means())
+                meter = LossMeter()
 
             # Samples, of the student and of a teacher whose generator is known
             shown = dict(student=student["g_ema"]) if stage else {}
@@ -279,8 +271,7 @@ def train(args, checkpoint):
             if step % args.save_every == 0 or due or stage_over or last or stop_signal:
                 save(step, stage)
             if stop_signal:
-                say(f"stopped after step {step}, saved; go on: --out {out} --resume")
-                sys.exit(128 + stop_signal)
+                models.end_run(args, step, stop_signal)
 
             # Evaluate; a teacher that no longer learns is measured once
             if due:
@@ -294,7 +285,7 @@ def train(args, checkpoint):
                     if rank == 0:
                         models.save_generator(out / "best_student.pt", student["g_ema"])
                 save(step, stage)
-                clock, clock_step = time.perf_counter(), step
+                pace.restart(step)
 
     if rank == 0:
         calls = {}
@@ -311,52 +302,6 @@ def build_pair(args, g_width, d_width):
     return dict(g=G, d=D, g_ema=copy.deepcopy(G), path=PathLengthPenalty(decay=0.01))
 
 
-def read_given(args):
-    """Reads --teacher and --student -> {"teacher_d": what load_networks takes, ..}. args take the files' shape."""
-    records = {}
-    if args.teacher:
-        pair = read_file(args.teacher, "teacher", args.mirror)
-        take_shape(args, pair, args.teacher, ["d"])
-        records |= {f"teacher_{name}": pair[name] for name in ("d", "g_ema") if name in pair}
-    if args.student:
-        pair = read_file(args.student, "student", args.mirror)
-        take_shape(args, pair, args.student, ["g", "d", "g_ema"])
-        records |= {f"student_{name}": record for name, record in pair.items()}
-    return records
-
-
-def read_file(path, role, mirror):
-    """Reads a pair as models.read_pair does, or NVIDIA's, and says what it is.
-
-    An NVIDIA pickle's D is given clean images: its augment_pipe is not run.
-    """
-    if not models.is_nvidia_pickle(path):
-        return models.read_pair([path], role, NAME)
-    content = models.load_nvidia(path)
-    for note in content["notes"]:
-        say(f"{path}: {note}")
-    if content["augment_p"]:
-        say(f"{path}: D learnt from augmented images (p = {content['augment_p']:.3g}), and is given clean ones here")
-    if content["mirror"] and not mirror:
-        say(f"{path}: trained on mirrored images too, use --mirror")
-    return {name: models.pack(content[name]) for name in ("g", "d", "g_ema") if content[name]}
-
-
-def take_shape(args, pair, path, needed):
-    """Gives args the shape of a pair read from path; InputError if a needed network is missing, or another size."""
-    for name in needed:
-        if name not in pair:
-            found = ", ".join(pair) or "none of them"
-            raise InputError(f"{path}: has no {name!r}, expected the networks g, d and g_ema, found {found}")
-    D, G = pair["d"].get("config", {}), pair.get("g_ema", {}).get("config", {})
-    size = D.get("size", args.size)
-    if args.size not in (None, size):
-        raise InputError(f"{path}: its images are of {size} pixels, not of {args.size}")
-    args.size = size
-    args.channel_multiplier = D.get("channel_multiplier", args.channel_multiplier)
-    args.style_dim, args.n_mlp = G.get("style_dim", args.style_dim), G.get("n_mlp", args.n_mlp)
-
-
 def lazy_adam(net, lr, every):
     """Adam for a network whose penalty has a step of its own after every so many steps, or never (None).
 
@@ -366,16 +311,14 @@ def lazy_adam(net, lr, every):
     return torch.optim.Adam(net.parameters(), lr=lr * c, betas=(0.0, 0.99**c), fused=True)
 
 
-def draw_latents(G, n, style_mixing):
-    """w of n images, (n, layers, style_dim); with probability style_mixing of two z, mixed at a random layer."""
+def draw_images(G, n, style_mixing):
+    """n images in [-1, 1], and the w, (n, layers, style_dim), that they come from.
+
+    With probability style_mixing all w are of two z, mixed at a random layer.
+    """
     count = 1 + int(torch.rand(()) < style_mixing)
     z = torch.randn(count, n, G.style_dim, device=next(G.parameters()).device)
-    return G.mapping(z.unbind())
-
-
-def draw_images(G, n, style_mixing):
-    """n images in [-1, 1], and the w, (n, layers, style_dim), that they come from."""
-    w = draw_latents(G, n, style_mixing)
+    w = G.mapping(z.unbind())
     return G.synthesis(w), w
 
 
@@ -424,12 +367,9 @@ def save_samples(path, generators, seed):
 # Data
 
 
-def open_data(args, out, checkpoint):
+def open_data(args, checkpoint):
     """The images' files; the toy's are written."""
-    data = Path(args.data or out / "toy_data")
-    if not (args.data or checkpoint) and processes()[0] == 0:
-        write_toy_dataset(data)
-    models.barrier()
+    data = models.data_folder(args, checkpoint, write_toy_dataset)
     files = ImageFiles(data)
     say(files)
     if args.eval_every and args.inception != "none" and len(files) < 2:
