@@ -122,15 +122,15 @@ def train(args, checkpoint):
     teacher_D = init_weights(PatchDiscriminator(3, args.ndf))
     teacher_D_A = init_weights(PatchDiscriminator(3, args.ndf))
     student_G = init_weights(build_generator(args.student_arch, args.student_ngf))
-    networks = dict(teacher_G=teacher_G, teacher_F=teacher_F, teacher_D=teacher_D, teacher_D_A=teacher_D_A)
-    networks["student_G"] = student_G
-    teacher_names = ("teacher_G", "teacher_F", "teacher_D", "teacher_D_A")
-    # Files of ours bring their configuration along: so the weights come before what is built to fit the networks
-    trained = models.load_start(networks, teacher_names, args, checkpoint, NAME)
+    teacher = dict(teacher_G=teacher_G, teacher_F=teacher_F, teacher_D=teacher_D, teacher_D_A=teacher_D_A)
+    networks = teacher | dict(student_G=student_G)
+    # Weights from files, which can change widths: so this comes before what is built to fit the networks
+    trained = models.load_start(networks, [*teacher], args, checkpoint, NAME)
     if args.d_fakes == "none" and "teacher_D" not in trained:
         raise InputError("--d-fakes none: --teacher needs its trained D too")
 
-    # Losses: taps are the feature maps that are compared, see the generators' forward
+    # Losses: taps, the feature maps that are compared, are what enters the first residual block and what the blocks
+    # at one, two and three thirds give, four maps of a quarter of the image's side
     if args.distill == "dcd":
         distill_loss = DCDLoss(student_G.tap_channels, teacher_G.tap_channels, 3, args.tap_size)
     else:
@@ -197,12 +197,12 @@ def train(args, checkpoint):
         lr = args.lr * min(1.0, steps_left / (args.epochs_decay * epoch_steps + 1))
         for optimizer in optimizers.values():
             optimizer.param_groups[0]["lr"] = lr
-        # The teacher and its discriminators learn at every n-th step. (The released code alternates 10 epochs of the
-        # teacher with 40 of the student: the same 1 to 4, here interleaved.)
+        # The teacher and the discriminators learn at every n-th step, the student at each: the released code alternates
+        # 10 epochs of the teacher with 40 of the student, the same 1 to 4, here interleaved
         teacher_step = (step - 1) % args.teacher_every == 0
 
         # Teacher, x being real_A and y real_B:
-        # L_LSGAN(D_T(G(x))) + L_LSGAN(D_A(F(y)))
+        # E[(D_T(G(x)) - 1)^2] + E[(D_A(F(y)) - 1)^2]
         # + lambda_cycle (|F(G(x)) - x| + |G(F(y)) - y| + lambda_identity (|F(x) - x| + |G(y) - y|))
         teacher_D.requires_grad_(False)  # the discriminators are fixed while the generators learn
         teacher_D_A.requires_grad_(False)
@@ -218,17 +218,18 @@ def train(args, checkpoint):
             loss_identity = (idt_A - real_A).abs().mean() + (idt_B - real_B).abs().mean()
             take_step(optimizer_G, loss_gan + args.lambda_cycle * (loss_cycle + args.lambda_identity * loss_identity))
             meter.add(G_T_gan=loss_gan, G_T_cycle=loss_cycle, G_T_identity=loss_identity)
-            # The student learns from the same pass
+            # The student learns from the same pass of G, as it was before this update
             fake_A, fake_B = fake_A.detach(), fake_B.detach()
-            teacher_taps = [tap[: len(real_A)].detach() for tap in taps_of_both]
+            teacher_taps = [tap.detach().chunk(2)[0] for tap in taps_of_both]
         else:
             with autocast(), torch.no_grad():
                 fake_B, teacher_taps = teacher_G(real_A, taps=True)
 
-        # Student, taps f_i, connectors c_i, phi being D_T without its last layer:
-        # L_S = lambda_gan L_LSGAN(D_T(G_S(x))) + lambda_dcd sum_i |phi(c_i^S(f_i^S)) - phi(c_i^T(f_i^T))|
+        # Student, taps f_i, connectors c_i, phi being D_T without its last layer; L_style, L_feature the L1 distances
+        # in VGG16, of Gram matrices and of relu2_2:
+        # L_S = lambda_gan E[(D_T(G_S(x)) - 1)^2] + lambda_dcd sum_i |phi(c_i^S(f_i^S)) - phi(c_i^T(f_i^T))|
         #       + lambda_style L_style(G_S(x), G(x)) + lambda_feature L_feature(G_S(x), G(x))
-        # G_S is not in bf16: in its residual blocks that changes the direction of the gradient.
+        # G_S is in float32: bf16 in its residual blocks would change the direction of its gradient
         fake_S, student_taps = student_G(real_A, taps=True)
         with autocast():
             loss_gan = generator_loss(teacher_D(fake_S), "lsgan")

@@ -125,12 +125,12 @@ def train(args, checkpoint):
     teacher_D = init_weights(PatchDiscriminator(6, args.ndf))
     student_G = init_weights(build_generator(args.student_arch, args.student_ngf))
     networks = dict(teacher_G=teacher_G, teacher_D=teacher_D, student_G=student_G)
-    # Files of ours bring their configuration along: so the weights come before what is built to fit the networks
-    trained = models.load_start(networks, ("teacher_G", "teacher_D"), args, checkpoint, NAME)
+    # Weights from files, which can change widths: so this comes before what is built to fit the networks
+    trained = models.load_start(networks, ["teacher_G", "teacher_D"], args, checkpoint, NAME)
     if args.d_fakes == "none" and "teacher_D" not in trained:
         raise InputError("--d-fakes none: --teacher needs the trained D too")
 
-    # Losses: taps are the feature maps that are compared, see the generators' forward
+    # Losses: taps are the feature maps that are compared, four of them: see the generators' forward
     if args.distill == "dcd":
         distill_loss = DCDLoss(student_G.tap_channels, teacher_G.tap_channels, 6, args.tap_size)
     else:
@@ -197,8 +197,8 @@ def train(args, checkpoint):
         teacher_step = (step - 1) % args.teacher_every == 0
         teacher_learns = teacher_step and not args.freeze_teacher
 
-        # One forward pass of each generator serves its own update, the distillation and the discriminator. G_S is not
-        # in bf16: in its residual blocks that changes the direction of the gradient.
+        # One forward pass of each generator serves its own update, the distillation and the discriminator. G_S is in
+        # float32: bf16 in its residual blocks would change the direction of its gradient
         with autocast(), torch.set_grad_enabled(teacher_learns):
             fake_B, teacher_taps = teacher_G(real_A, taps=True)
         fake_S, student_taps = student_G(real_A, taps=True)
@@ -227,7 +227,8 @@ def train(args, checkpoint):
             take_step(optimizer_G, loss_gan + args.lambda_l1 * loss_l1)
             meter.add(G_T_gan=loss_gan, G_T_l1=loss_l1)
 
-        # Student, taps f_i, connectors c_i, phi being D_T without its last layer:
+        # Student, taps f_i, connectors c_i, phi being D_T without its last layer; L_style, L_feature the L1 distances
+        # in VGG16, of Gram matrices and of relu2_2:
         # L_S = - lambda_gan E[D_T(x, G_S(x))] + lambda_dcd sum_i |phi(c_i^S(f_i^S)) - phi(c_i^T(f_i^T))|
         #       + lambda_style L_style(G_S(x), G(x)) + lambda_feature L_feature(G_S(x), G(x))
         with autocast():
