@@ -22,7 +22,6 @@ import json
 import os
 import pathlib
 import sys
-import warnings
 import zipfile
 
 import numpy as np
@@ -137,7 +136,7 @@ class FeatureStats:
 
     n: features so far (None if loaded from a file that does not say). mean: (D,). cov: (D, D), divisor n - 1.
     Parts are joined by the centred update of Chan, Golub and LeVeque (1979), stable where the mean is much larger than
-    the deviation, on the device of the features. `mean` and `cov` are arrays; cov raises InputError for n < 2.
+    the deviation, on the device of the features. `mean` and `cov` are arrays; cov needs two images or more.
     """
 
     def __init__(self):
@@ -151,41 +150,32 @@ class FeatureStats:
 
     @property
     def cov(self):
-        if self.n is None:
-            return self._scatter.cpu().numpy()
-        if self.n < 2:
-            raise InputError(f"a covariance needs at least 2 images, got {self.n}")
-        return self._scatter.cpu().numpy() / (self.n - 1)
+        return self._scatter.cpu().numpy() / ((self.n or 2) - 1)
 
     def update(self, features):
         """Add features (N, D), a tensor on any device or an array."""
         x = torch.as_tensor(features).detach().double()
-        part = FeatureStats()
-        part.n, part._mean = len(x), x.mean(dim=0)
-        centred = x - part._mean
-        part._scatter = centred.T @ centred
-        self.merge(part)
+        mean = x.mean(dim=0)
+        centred = x - mean
+        self.merge(len(x), mean, centred.T @ centred)
 
-    def merge(self, other):
-        """Add all features of other FeatureStats. Raises InputError if either does not know its number of images."""
-        if self.n is None or other.n is None:
-            raise InputError("statistics loaded without their number of images cannot be merged")
-        if other.n == 0:
+    def merge(self, n, mean, scatter):
+        """Add n features with this mean and scatter, the sum of (x - mean) (x - mean)^T."""
+        if n == 0:
             return
-        n = self.n + other.n
-        delta = other._mean - self._mean
-        between = torch.outer(delta, delta) * (self.n * other.n / n)
-        self._scatter = self._scatter + other._scatter + between
-        self._mean = self._mean + delta * (other.n / n)
-        self.n = n
+        total = self.n + n
+        delta = mean - self._mean
+        between = torch.outer(delta, delta) * (self.n * n / total)
+        self._scatter = self._scatter + scatter + between
+        self._mean = self._mean + delta * (n / total)
+        self.n = total
 
     def merge_across_processes(self):
         """Make these the statistics of all processes' features, the same on each; every process has to call it."""
-        self._mean, self._scatter = self._mean.cpu(), self._scatter.cpu()
-        total = FeatureStats()
-        for part in gather(self):
-            total.merge(part)
-        self.n, self._mean, self._scatter = total.n, total._mean, total._scatter
+        parts = gather((self.n, self._mean.cpu(), self._scatter.cpu()))
+        self.__init__()
+        for part in parts:
+            self.merge(*part)
 
     def save(self, path):
         """Write .npz with mu and sigma, the format of pytorch-fid, and n; a crash leaves no half a file."""
@@ -203,13 +193,8 @@ class FeatureStats:
             with np.load(path, allow_pickle=False) as file:
                 stats._mean = torch.from_numpy(file["mu"]).double()
                 stats._scatter = torch.from_numpy(file["sigma"]).double()
-                width = len(stats._mean)
-                if stats._scatter.shape != (width, width) or not (width and stats._scatter.isfinite().all()):
-                    raise ValueError(f"mu {tuple(stats._mean.shape)}, sigma {tuple(stats._scatter.shape)}")
-                stats.n = None
-                if "n" in file:
-                    stats.n = int(file["n"])
-                    stats._scatter *= stats.n - 1
+                stats.n = int(file["n"]) if "n" in file else None
+                stats._scatter *= (stats.n or 2) - 1
         except Exception as error:  # numpy raises a different error for each way not to be such a file
             raise InputError(f"{path}: not an .npz of statistics, mu and sigma ({first_line(error)})") from error
         return stats
@@ -449,9 +434,11 @@ def to_rgb(image):
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         grey = np.asarray(image)
-        levels = (grey / 257 + 0.5).clip(0, 255).astype(np.uint8)
+        levels = (grey / 257 + 0.5).astype(np.uint8)
         levels[grey == image.info.get("transparency", -1)] = 255
         image = Image.fromarray(levels)
+    elif image.mode == "La":  # Pillow has no direct way
+        image = image.convert("LA")
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
@@ -464,23 +451,21 @@ def refuse_32_bits(image):
         raise InputError("its values have 32 bits and no known range: save it with 8 or 16 bits")
 
 
-def find_files(folder):
+def find_files(folder, above=()):
     """Return the paths of all files below a folder; links are followed, but not in circles. As in models.py.
 
     Without what starts with a dot, and without samples/ beside an args.json, which a training run wrote.
     """
-
-    def stop(error):
-        raise error
-
+    above = (*above, os.path.realpath(folder))
+    entries = {entry.name: entry for entry in os.scandir(folder) if not entry.name.startswith(".")}
+    if "args.json" in entries:
+        entries.pop("samples", None)
     paths = []
-    for place, folders, names in os.walk(folder, onerror=stop, followlinks=True):
-        here = pathlib.Path(place).resolve()
-        for name in [*folders]:
-            circle = pathlib.Path(place, name).resolve() in (here, *here.parents)
-            if circle or name.startswith(".") or (name == "samples" and "args.json" in names):
-                folders.remove(name)
-        paths += [os.path.join(place, name) for name in names if not name.startswith(".")]
+    for entry in entries.values():
+        if not entry.is_dir():
+            paths.append(entry.path)
+        elif os.path.realpath(entry.path) not in above:
+            paths += find_files(entry.path, above)
     return paths
 
 
@@ -497,7 +482,7 @@ class ImageFiles:
     and how many files are none of EXTENSIONS, and left out. Picklable and safe in workers.
     size: pixels; if given, each image is resized to this square, bicubic, as the training scripts evaluate.
     Raises InputError for a source that is neither folder nor .zip, or without images; on access for an image that is
-    unreadable, truncated, of 32 bits, or larger than Image.MAX_IMAGE_PIXELS (found before it is decoded).
+    unreadable, truncated, of 32 bits, or larger than twice Image.MAX_IMAGE_PIXELS (found before it is decoded).
     """
 
     def __init__(self, source, size=None):
@@ -535,23 +520,18 @@ class ImageFiles:
             image = image.resize((self.size, self.size), Image.Resampling.BICUBIC)
         return image
 
-    def _open(self, name):
-        if self.zipped:
-            return open_archive(self.source, os.getpid()).open(name)
-        return open(os.path.join(self.source, name), "rb")
-
     @contextlib.contextmanager
     def _image(self, index):
         """Open an image, its header read and its pixels not yet; whatever fails inside becomes an InputError."""
-        name = self.names[index]
+        where = os.path.join(self.source, self.names[index])
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Pillow's, of flaws that it can live with
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                with self._open(name) as file, Image.open(file) as image:
-                    yield image
+            if self.zipped:
+                file = open_archive(self.source, os.getpid()).open(self.names[index])
+            else:
+                file = open(where, "rb")
+            with file, Image.open(file) as image:
+                yield image
         except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
-            where = os.path.join(self.source, name)
             raise InputError(f"{where}: not a readable image ({first_line(error)})") from error
 
     def next_readable(self, index):
@@ -702,11 +682,10 @@ def run(args, device):
         needed = 10 if args.score and source == args.A else 2
         if n is not None and n < needed:
             raise InputError(f"{source}: {n} images, needed are {needed} or more (FID 2, --is 10)")
-    if args.save and os.path.isdir(args.save):
-        raise InputError(f"--save {args.save}: is a folder, expected the name of a file")
     for source in stats:
-        if files and len(stats[source].mean) != WIDTH:
-            raise InputError(f"{source}: statistics of {len(stats[source].mean)} features, expected {WIDTH}")
+        shapes = stats[source].mean.shape, stats[source].cov.shape
+        if files and shapes != ((WIDTH,), (WIDTH, WIDTH)):
+            raise InputError(f"{source}: mu and sigma of shapes {shapes}, expected statistics of {WIDTH} features")
 
     # Measure
     keep = []
@@ -725,27 +704,24 @@ def run(args, device):
 
     # Save and print
     result = {"images": [stats[source].n for source in sources]}
-    lines = []
     if args.save:
         stats[args.A].save(args.save)
     if args.B is not None:
         a, b = stats[args.A], stats[args.B]
         result["fid"] = frechet_distance(a.mean, a.cov, b.mean, b.cov)
-        lines.append(f"FID {result['fid']:.6g}")
         for source in sources:
             n = stats[source].n or WIDTH  # some files do not say
             if n < WIDTH:
                 print(f"warning: {n} images in {source}: FID is too high for fewer than {WIDTH}", file=sys.stderr)
     if args.kid:
         result["kid"], result["kid_std"] = kernel_distance(kept[args.A]["features"], kept[args.B]["features"])
-        lines.append(f"KID {result['kid']:.6g} +- {result['kid_std']:.6g}")
     if args.score:
         result["is"], result["is_std"] = inception_score(kept[args.A]["logits"])
-        lines.append(f"IS {result['is']:.6g} +- {result['is_std']:.6g}")
     if args.json:
-        lines = [json.dumps(result)]
-    for line in lines:
-        print(line)
+        print(json.dumps(result))
+    else:
+        for name, value in result.items():
+            print(name, value)
 
 
 def main(argv=None):

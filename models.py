@@ -921,34 +921,29 @@ def pack(net):
     return record
 
 
-def configure(net, config, source):
-    """Builds net anew, in place and on the CPU, with the arguments of config; InputError if it takes no such."""
-    training = getattr(net, "training", True)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            net.__init__(**config)
-        net.train(training)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{source}: no {type(net).__name__} can be built of {config} ({error})") from error
-
-
 def load_weights(net, record, source):
     """Loads a network's weights strictly, the reference implementations' spelling included.
 
     Args:
         record: what pack returns, and net becomes a network of that configuration; or a bare state dict that fits net.
-        source: named in the message of the InputError for another class, and for the first parameter that does not fit.
+        source: named in the message of the InputError for another class, for a configuration that cannot be built, and
+            for the first parameter that does not fit.
     """
     name = type(net).__name__
-    if isinstance(record, dict) and "state_dict" in record:
+    if "state_dict" in record:
         if record.get("network", name) != name:
             raise InputError(f"{source}: holds a {record['network']}, expected a {name}: choose its architecture")
-        if record.get("config", getattr(net, "config", None)) != getattr(net, "config", None):
-            configure(net, record["config"], source)
+        config, training = record.get("config"), getattr(net, "training", True)
+        if config is not None and config != getattr(net, "config", None):
+            try:
+                with torch.random.fork_rng(devices=[]):
+                    net.__init__(**config)  # anew, in place and on the CPU
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise InputError(f"{source}: no {name} can be built of {config} ({error})") from error
+            net.train(training)
         record = record["state_dict"]
-    if not isinstance(record, dict) or not all(isinstance(value, torch.Tensor) for value in record.values()):
-        found = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
-        found = textwrap.shorten(found, 100)
+    if not all(isinstance(value, torch.Tensor) for value in record.values()):
+        found = textwrap.shorten(", ".join(record), 100)
         raise InputError(
             f"{source}: expected names of weights to tensors, or such an entry 'state_dict', found {found}"
         )
@@ -982,29 +977,25 @@ def load_start(networks, teacher_names, args, checkpoint, script):
         load_networks(networks, checkpoint["networks"], args.out)
         return set(networks)
     trained = set()
-    given = []
-    if args.teacher:
-        given.append((args.teacher, teacher_names))
-    if args.student:
-        given.append(([args.student], ["student_G"]))
     back = dict(AtoB="BtoA", BtoA="AtoB")[args.direction]
-    for paths, names in given:
+    for paths, names in ((args.teacher or [], teacher_names), (args.student or [], ["student_G"])):
         if len(paths) > len(names):
             raise InputError(f"{len(paths)} files of weights, expected at most {len(names)}: {', '.join(names)}")
-        records = dict(zip(names, map(load_file, paths), strict=False))
-        for path, (name, record) in zip(paths, records.items(), strict=True):
-            direction = back if name == "teacher_F" else args.direction
-            if "script" in record or "networks" in record:
-                check_script(record, script, path)
-            if record.get("direction", direction) != direction:
-                raise InputError(f"{path}: translates {record['direction']}, expected {direction}; see --direction")
-        first = records[names[0]]
-        if "networks" in first:
-            if len(paths) > 1:
-                raise InputError(f"{paths[0]}: has all networks, leave out {' '.join(paths[1:])}")
-            records = {name: first["networks"][name] for name in names}
-        load_networks(networks, records, " ".join(paths))
-        trained |= records.keys()
+        files = [load_file(path) for path in paths]
+        if len(files) == 1 and "networks" in files[0]:  # a checkpoint.pt has them all
+            paths, files = paths * len(names), files * len(names)
+        for name, path, file in zip(names, paths, files, strict=False):
+            record, direction = file, args.direction
+            if "script" in file:
+                check_script(file, script, path)
+            if "networks" in file:
+                record = file["networks"][name]
+            elif name == "teacher_F":
+                direction = back
+            if file.get("direction", direction) != direction:
+                raise InputError(f"{path}: translates {file['direction']}, expected {direction}; see --direction")
+            load_weights(networks[name], record, f"{path}, {name}")
+            trained.add(name)
     return trained
 
 
@@ -1016,17 +1007,15 @@ def read_given(args, script, network, shape):
     with network, and for images of another --size.
     """
     records = {}
-    for role, needed in (("teacher", ["d"]), ("student", ["g", "d", "g_ema"])):
+    wanted = dict(teacher=("d", "g_ema", "classes"), student=("d", "g_ema", "g", "path", "classes"))
+    for role, names in wanted.items():
         paths = getattr(args, role)
         if not paths:
             continue
-        paths = [paths] if isinstance(paths, str) else paths
-        source = " ".join(paths)
-        pair = read_pair(paths, role, script)
-        for name in needed:
+        source, pair = " ".join(paths), read_pair(paths, role, script)
+        for name in ("d",) if role == "teacher" else ("g", "d", "g_ema"):
             if name not in pair:
-                found = ", ".join(pair) or "none of them"
-                raise InputError(f"{source}: has no {name!r}, expected the networks g, d and g_ema, found {found}")
+                raise InputError(f"{source}: has no {name!r}, expected the networks g, d and g_ema")
         for name in ("d", "g_ema"):
             record = pair.get(name, {})
             found, config = record.get("network", network), record.get("config", {})
@@ -1034,16 +1023,14 @@ def read_given(args, script, network, shape):
                 raise InputError(f"{source}: its {name} is a {found}, expected a {network}'s")
             if args.size not in (None, config.get("size", args.size)):
                 raise InputError(f"{source}: its images are of {config['size']} pixels, not of {args.size}")
-            vars(args).update({option: config[option] for option in shape if option in config})
-        if role == "teacher":
-            pair = {name: pair[name] for name in ("d", "g_ema", "classes") if name in pair}
-        records |= {f"{role}_{name}": record for name, record in pair.items()}
+            vars(args).update({option: config[option] or 0 for option in shape if option in config})
+        records |= {f"{role}_{name}": pair[name] for name in names if name in pair}
     return records
 
 
 def read_pair(paths, role, script):
-    """Reads a trained generator and discriminator -> {"g", "d", "g_ema": what load_weights takes}, those there are;
-    of a BigGAN of ours also "classes", the names of its classes.
+    """Reads a trained generator and discriminator -> {"g", "d", "g_ema": what load_weights takes}, those there are, and
+    what else the file says: of a BigGAN of ours "classes", the names of its classes.
 
     Args:
         paths: one file, {g, d, g_ema} of the community's or of save_pair, NVIDIA's, or a checkpoint.pt of the script;
@@ -1068,49 +1055,40 @@ def read_pair(paths, role, script):
         if len(paths) > 2:
             raise InputError(f"{' '.join(paths)}: expected D [G_ema], or one file of both")
         return dict(zip(("d", "g_ema"), contents, strict=False))
-    content, pair = contents[0], {}
+    content = contents[0]
     if "networks" in content:
         check_script(content, script, paths[0])
-    if "classes" in content:
-        pair["classes"] = content["classes"]
-    for name in ("g", "d", "g_ema", "path"):
-        if "networks" in content:
-            record = content["networks"].get(f"{role}_{name}")
-        elif isinstance(content.get(name), dict):
-            config = content["configs"].get(name, {}) if "configs" in content else stylegan2_config(content[name])
-            record = {"state_dict": content[name]} | config
-        else:
-            record = None
-        if record:
-            pair[name] = record
-    return pair
+        own = {name.removeprefix(f"{role}_"): record for name, record in content["networks"].items()}
+        return content | own
+    for name in {"g", "d", "g_ema"} & content.keys():
+        if "state_dict" not in content[name]:  # the community's
+            content[name] = {"state_dict": content[name]} | stylegan2_config(content[name])
+    return content
 
 
 def stylegan2_config(state_dict):
     """Reads the configuration of a StyleGAN2 network off a bare state dict of the community's, for load_weights."""
     generator = "input.input" in state_dict
-    if not generator and "final_linear.1.weight" not in state_dict:
+    first = "input.input" if generator else "final_linear.1.weight"
+    if first not in state_dict:
         return {}
-    shapes = {key: value.shape for key, value in state_dict.items() if isinstance(value, torch.Tensor)}
-    pattern = r"to_rgbs\.\d+\.bias" if generator else r"convs\.\d+\.skip\.1\.weight"
-    blocks = sum(re.fullmatch(pattern, key) is not None for key in shapes)
-    width = shapes["input.input" if generator else "final_linear.1.weight"][1] / 512
+    keys = " ".join(state_dict)
+    blocks = len(re.findall(r"\bto_rgbs\.\d+\.bias|\bconvs\.\d+\.skip\.1\.weight", keys))
+    width = state_dict[first].shape[1] / 512
     config = dict(size=4 * 2**blocks, channel_multiplier=2, width=width)
     if blocks >= 4:  # the multiplier counts from 64x64 on, the fourth block from the inside
-        at_64 = shapes["to_rgbs.3.conv.weight"][2] if generator else shapes[f"convs.{blocks - 3}.conv1.0.weight"][1]
-        config["channel_multiplier"] = round(at_64 / width / 256)
+        at_64 = "to_rgbs.3.conv.modulation.bias" if generator else f"convs.{blocks - 3}.conv1.0.weight"
+        config["channel_multiplier"] = round(len(state_dict[at_64]) / width / 256)
     if not generator:
         return dict(network="StyleGAN2Discriminator", config=config)
-    config["n_mlp"] = sum(re.fullmatch(r"style\.\d+\.weight", key) is not None for key in shapes)
-    config["style_dim"] = shapes.get("style.1.weight", (0, 512))[1]
+    config["style_dim"] = state_dict["conv1.conv.modulation.weight"].shape[1]
+    config["n_mlp"] = len(re.findall(r"\bstyle\.\d+\.weight", keys))
     return dict(network="StyleGAN2Generator", config=config)
 
 
 def save_pair(path, pair, **facts):
-    """Writes a trained pair (name to network), weights as the community's {g, d, g_ema}, and facts; see read_pair."""
-    records = {name: pack(net) for name, net in pair.items()}
-    content = {name: record.pop("state_dict") for name, record in records.items()}
-    content |= {"configs": records, **facts}
+    """Writes a trained pair, {"g", "d", "g_ema": network}, and facts; see read_pair."""
+    content = {name: pack(net) for name, net in pair.items()} | facts
     write_atomically(path, lambda file: torch.save(content, file))
 
 
@@ -1144,8 +1122,7 @@ def load_generator(path, device="cpu"):
     if record.get("network") not in classes or not {"config", "state_dict"} <= record.keys():
         raise InputError(f"{path}: not a file of save_generator; for a bare state dict build the network and load it")
     cls = classes[record["network"]]
-    net = cls.__new__(cls)
-    configure(net, record["config"], path)
+    net = cls.__new__(cls)  # load_weights builds it
     load_weights(net, record, path)
     net.facts = {name: facts[name] for name in ("script", "size", "direction", "classes") if name in facts}
     if isinstance(facts.get("latent_avg"), torch.Tensor):
@@ -1477,12 +1454,6 @@ def say(text):
         print(text, flush=True)
 
 
-def replace_unprintable():
-    """Names that the terminal's encoding lacks are printed with question marks from here on."""
-    if hasattr(sys.stdout, "reconfigure"):  # a notebook's stream takes everything
-        sys.stdout.reconfigure(errors="replace")
-
-
 def barrier():
     """Waits until every process has come here."""
     if processes()[1] > 1:
@@ -1629,7 +1600,7 @@ def parse_run(parser, argv, name, toy, budgets, implied=()):
         if defaults.get("script", name) != name:
             raise InputError(f"{out}: holds a run of train_{defaults['script']}.py")
         if (out / "checkpoint.pt").exists():
-            checkpoint = load_checkpoint(out / "checkpoint.pt", name)
+            checkpoint = load_file(out / "checkpoint.pt")
             budgets = budgets[checkpoint.get("stage", 0) :]
         else:
             say(f"{out}: no checkpoint yet, the run starts from its beginning")
@@ -1675,13 +1646,13 @@ def check_output(args):
         if not (args.resume or args.overwrite):
             raise InputError(f"{out}: holds a run; go on with --resume, replace it with --overwrite, or choose --out")
     elif out.is_dir():
-        for path in map(out.joinpath, RUN_FILES):
+        for path in map(out.joinpath, [*RUN_FILES, "samples"]):
             if path.exists():
                 raise InputError(f"{path}: is no run's, and would be overwritten; choose another --out")
-    for path in filter(None, [*np.ravel(args.teacher), args.student]):
+    for path in [*(args.teacher or []), *(args.student or [])]:
         if args.overwrite and Path(path).resolve().parent == out.resolve():
             raise InputError(f"{path}: lies in {out}, which --overwrite empties; choose another --out")
-    (out / "samples").mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
 
 
 def open_output(args, step):
@@ -1689,6 +1660,7 @@ def open_output(args, step):
     if processes()[0] > 0:
         return
     out = Path(args.out)
+    (out / "samples").mkdir(exist_ok=True)
     if args.overwrite:
         samples = [path for path in out.glob("samples/*.png") if re.fullmatch(r"(stage\d_)?\d{7}", path.stem)]
         for path in (*samples, *map(out.joinpath, RUN_FILES)):
@@ -1763,13 +1735,6 @@ def save_checkpoint(path, networks, optimizers, own, **content):
             if not value.isfinite().all():
                 raise SystemExit(f"error: diverged, {name} {key} is not finite; the last checkpoint stays: {path}")
     write_atomically(path, lambda file: torch.save(content, file))
-
-
-def load_checkpoint(path, script):
-    """Reads what save_checkpoint wrote with script=...; InputError for another script's or anything else."""
-    content = load_file(path)
-    check_script(content, script, path)
-    return content
 
 
 def check_script(content, script, path):
@@ -1877,15 +1842,16 @@ def end_run(args, step, signal_number):
     sys.exit(128 + signal_number)
 
 
-def run_script(name, parse_args, train, argv=None):
-    """The main function of a script: train(*parse_args(argv)); bad input is one line on stderr and exit status 2."""
-    replace_unprintable()
+def run_script(name, parse_args, work, argv=None):
+    """The main function of a program: work(*parse_args(argv)); bad input is one line on stderr and exit status 2."""
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's stream takes everything
+        sys.stdout.reconfigure(errors="replace")  # names that the terminal's encoding lacks get question marks
     handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        train(*parse_args(argv))
+        work(*parse_args(argv))
     except (InputError, OSError) as error:
         line = str(error).strip().splitlines()[-1].rpartition("InputError: ")[2]  # a worker's has its traceback before
-        print(f"train_{name}.py: error: {line}", file=sys.stderr)
+        print(f"{name}.py: error: {line}", file=sys.stderr)
         sys.exit(2)
     finally:
         signals.update(deferred=False, received=0)
@@ -1910,32 +1876,32 @@ def to_rgb(image):
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         grey = np.asarray(image)
-        levels = (grey / 257 + 0.5).clip(0, 255).astype(np.uint8)
+        levels = (grey / 257 + 0.5).astype(np.uint8)
         levels[grey == image.info.get("transparency", -1)] = 255
         image = Image.fromarray(levels)
+    elif image.mode == "La":  # Pillow has no direct way
+        image = image.convert("LA")
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
     return image.convert("RGB")
 
 
-def find_files(folder):
+def find_files(folder, above=()):
     """The paths of all files below a folder; links are followed, but not in circles. As in fid.py.
 
     Without what starts with a dot, and without samples/ beside an args.json, which a training run wrote.
     """
-
-    def stop(error):
-        raise error
-
+    above = (*above, os.path.realpath(folder))
+    entries = {entry.name: entry for entry in os.scandir(folder) if not entry.name.startswith(".")}
+    if "args.json" in entries:
+        entries.pop("samples", None)
     paths = []
-    for place, folders, names in os.walk(folder, onerror=stop, followlinks=True):
-        here = Path(place).resolve()
-        for name in [*folders]:
-            circle = Path(place, name).resolve() in (here, *here.parents)
-            if circle or name.startswith(".") or (name == "samples" and "args.json" in names):
-                folders.remove(name)
-        paths += [os.path.join(place, name) for name in names if not name.startswith(".")]
+    for entry in entries.values():
+        if not entry.is_dir():
+            paths.append(entry.path)
+        elif os.path.realpath(entry.path) not in above:
+            paths += find_files(entry.path, above)
     return paths
 
 
@@ -1948,10 +1914,9 @@ def save_grid(path, blocks, columns=1):
     """
     pictures = []
     for name, images in blocks.items():
-        grid = make_grid((images.float().cpu().clamp(-1, 1) + 1) / 2, nrow=columns)
-        pixels = (grid * 255).round().byte().permute(1, 2, 0).numpy()
-        labelled = Image.new("RGB", (grid.shape[2], grid.shape[1] + 16), "white")
-        labelled.paste(Image.fromarray(pixels), (0, 16))
+        grid = to_image(make_grid(images.float(), nrow=columns, pad_value=-1))
+        labelled = Image.new("RGB", (grid.width, grid.height + 16), "white")
+        labelled.paste(grid, (0, 16))
         ImageDraw.Draw(labelled).text((2, 8), name, "black", ImageFont.load_default(10), anchor="lm")
         pictures.append(np.asarray(labelled))
     picture = Image.fromarray(np.concatenate(pictures, axis=1 if columns == 1 else 0))
@@ -1989,6 +1954,8 @@ def translate_folder(net, source, target, size=None, pairs=False):
     Pictures that cannot be read are skipped, with a line on stderr. Raises InputError if that is all of them, and
     before the first is translated if anything would be overwritten.
     """
+    if pairs and net.facts.get("script", "pix2pix_dcd") != "pix2pix_dcd":
+        raise InputError("--pairs: this network is not Pix2Pix's, its pictures are whole")
     places = plan_translations(Path(source), Path(target))
     size = net.facts.get("size", 0) if size is None else size
     print(f"shorter sides of {size} pixels; --size 0: as they are" if size else "pictures keep their size; see --size")
@@ -1998,7 +1965,9 @@ def translate_folder(net, source, target, size=None, pairs=False):
             with open(path, "rb") as file, Image.open(file) as opened:  # given a name, Pillow garbles turned TIFFs
                 image = to_rgb(opened)
             if pairs:
-                image = input_half(image, net.facts.get("direction"))
+                half = image.width // 2
+                left = half if net.facts.get("direction") == "BtoA" else 0
+                image = image.crop((left, 0, left + half, image.height))
             if size:
                 scale = size / min(image.size)
                 image = image.resize([round(scale * side) for side in image.size], Image.Resampling.BICUBIC)
@@ -2025,12 +1994,13 @@ def translate_folder(net, source, target, size=None, pairs=False):
 def plan_translations(source, target):
     """{the PNG to be written: the file that it comes from}; InputError where one of the first exists."""
     if source.is_dir():
-        root, paths = source, map(Path, find_files(source))
+        root, paths = source, [Path(path) for path in find_files(source)]
     elif source.is_file() and source.suffix.lower() != ".zip":
         root, paths = source.parent, [source]
     else:
         raise InputError(f"{source}: no picture and no folder of pictures; unpack a .zip first")
-    if target.resolve() == root.resolve():
+    paths = [path for path in paths if target.resolve() not in path.resolve().parents]  # of an earlier call
+    if not paths:
         raise InputError(f"{target}: holds the pictures themselves; choose another folder")
     known = Image.registered_extensions()
     places = {}
@@ -2044,36 +2014,26 @@ def plan_translations(source, target):
     return places
 
 
-def input_half(pair, direction):
-    """The left half of a picture, or with the direction BtoA its right half."""
-    if pair.width % 2:
-        raise InputError(f"it is {pair.width} pixels wide, expected two halves side by side")
-    left = pair.width // 2 if direction == "BtoA" else 0
-    return pair.crop((left, 0, left + pair.width // 2, pair.height))
-
-
 @torch.inference_mode()
 def draw_samples(net, target, count, truncation, seed, label=None):
-    """Writes count pictures of a StyleGAN2 or BigGAN into the folder target, and beside it a grid of the first 64.
+    """Writes count pictures of a StyleGAN2 or BigGAN into the folder target.
 
     Args:
         truncation: StyleGAN2's w is moved to its mean so far; BigGAN's z has no entry beyond it.
         label: BigGAN's class, a number; None: they take turns.
     """
-    target = Path(target).resolve()
     n_classes = net.config.get("n_classes", 0)
     if label is not None and not 0 <= label < n_classes:
         raise InputError(f"--class {label}: the network has {n_classes} classes, numbered from 0")
-    paths = [target / f"{n:05d}.png" for n in range(count)]
-    grid_path = target.with_name(f"{target.name}_grid.png")
-    for path in (*paths, grid_path):
+    paths = [Path(target, f"{n:05d}.png") for n in range(count)]
+    for path in paths:
         if path.exists():
             raise InputError(f"{path} exists: choose another folder, or empty this one")
-    target.mkdir(parents=True, exist_ok=True)
+    Path(target).mkdir(parents=True, exist_ok=True)
     device = next(net.parameters()).device
     torch.manual_seed(seed)
     center = net.mean_latent() if isinstance(net, StyleGAN2Generator) else None
-    images, generator = [], torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     for n, path in enumerate(paths):
         if isinstance(net, BigGANGenerator):
             z = nn.init.trunc_normal_(torch.empty(1, net.dim_z), a=-truncation, b=truncation, generator=generator)
@@ -2083,12 +2043,8 @@ def draw_samples(net, target, count, truncation, seed, label=None):
             image = net(torch.randn(1, net.style_dim, generator=generator).to(device), truncation, center)[0]
         to_image(image).save(path)
         print(path)
-        images = (images + [image])[:64]
-    title = f"truncation {truncation:g}, seed {seed}"
-    if label is not None:
-        title += f", class {label} {net.facts.get('classes', {label: ''})[label]}"
-    save_grid(grid_path, {title: torch.stack(images)}, 8)
-    print(f"the first of them in {grid_path}")
+    if label is not None and "classes" in net.facts:
+        print(f"class {label}: {net.facts['classes'][label]}")
 
 
 def published_conv_flops(x_shape, w_shape, _bias, _stride, _padding, _dilation, _transposed, *_, out_shape=None, **__):
@@ -2125,7 +2081,7 @@ def measure_cost(name, net, *inputs):
         times.append(time.perf_counter() - start)
     cost["milliseconds"] = 1000 * min(times)
     millions, exact, published = cost["parameters"] / 1e6, cost["macs"] / 1e9, cost["macs_published"] / 1e9
-    counts = f"{millions:9.3f}M parameters{exact:9.3f}G MACs, exact{published:9.3f}G as published"
+    counts = f"{millions:9.3f}M parameters{exact:9.3f}G MACs, exact{published:9.3f}G by DCD's counter"
     print(f"{name:32}{counts}{cost['milliseconds']:10.1f} ms", flush=True)
     return cost
 
@@ -2144,67 +2100,60 @@ def write_summary(out, step, scores, calls):
 
 def print_costs(device):
     """What each generator of the papers costs: the original, then the compressed ones."""
-
-    def measure(name, net, *inputs):
-        measure_cost(name, net.to(device), *(x.to(device) for x in inputs))
-
-    image, label = torch.randn(1, 3, 256, 256), torch.zeros(1, dtype=torch.long)
-    measure("ResNet-9, ngf 64", ResnetGenerator(), image)
-    for ngf in (64, 16):
-        measure(f"mobile ResNet-9, ngf {ngf}", ResnetGenerator(ngf=ngf, separable=True), image)
-    for ngf in (64, 16):
-        measure(f"U-Net-256, ngf {ngf}", UnetGenerator(ngf=ngf), image)
-    for size in (256, 1024):
-        for width in (1, 0.5, 0.25):
-            measure(f"StyleGAN2-{size}, width {width}", StyleGAN2Generator(size, width=width), torch.randn(1, 512))
-    for ch in (96, 48):
-        measure(f"BigGAN-128, ch {ch}", BigGANGenerator(128, ch), torch.randn(1, 120), label)
+    with device:
+        image, z512, z120 = torch.randn(1, 3, 256, 256), torch.randn(1, 512), torch.randn(1, 120)
+        label = torch.zeros(1, dtype=torch.long)
+        measure_cost("ResNet-9, ngf 64", ResnetGenerator(), image)
+        for ngf in (64, 16):
+            measure_cost(f"mobile ResNet-9, ngf {ngf}", ResnetGenerator(ngf=ngf, separable=True), image)
+        for ngf in (64, 16):
+            measure_cost(f"U-Net-256, ngf {ngf}", UnetGenerator(ngf=ngf), image)
+        for size in (256, 1024):
+            for width in (1, 0.5, 0.25):
+                measure_cost(f"StyleGAN2-{size}, width {width}", StyleGAN2Generator(size, width=width), z512)
+        for ch in (96, 48):
+            measure_cost(f"BigGAN-128, ch {ch}", BigGANGenerator(128, ch), z120, label)
     print(f"one picture on {device}, {torch.get_num_threads()} threads, float32; image networks at 256x256")
-    print("as published: the papers' tables count a transposed convolution four times")
+    print("DCD's counter takes a stride-2 transposed convolution four times")
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"models.py: error: {message}\n")
-    at = parser.add_argument
-    at("generator", nargs="?", metavar="student.pt", help="a generator or checkpoint; without: the table of costs")
-    at("paths", nargs="*", metavar="PATH", help="a picture or a folder of them, and the folder for their translations")
-    at("--size", type=at_least(0), help="pixels of the shorter side; 0: native, of which 12 megapixels take 4.3 GB")
-    at("--pairs", action="store_true", help="translate the input half of pictures that are pairs (Pix2Pix's)")
-    at("--count", type=at_least(1), default=64, help="of a StyleGAN2 or BigGAN: draw so many into the folder PATH")
-    at("--truncation", type=at_least(0.01), default=0.7, help="of their latents")
-    at("--seed", type=at_least(0), default=0, help="of their latents")
-    at(
-        "--class",
-        dest="label",
-        type=at_least(0),
-        metavar="N",
-        help="BigGAN: number of the class; all in turn if not given",
-    )
-    at("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda")
-    args = parser.parse_intermixed_args(argv)
-    replace_unprintable()
+def parse_args(argv):
+    parser = run_parser(__doc__)
+    option, number = add_section(parser, "using a generator")
+    option("generator", nargs="?", metavar="student.pt", help="a generator or checkpoint; without: the table of costs")
+    option("paths", nargs="*", metavar="PATH", help="a picture or a folder, and the folder for their translations")
+    option("--size", type=at_least(0), help="pixels of the shorter side; 0: native, of which 12 megapixels take 4.3 GB")
+    option("--pairs", action="store_true", help="translate the input half of pictures that are pairs (Pix2Pix's)")
+    number("--count", 64, "of a StyleGAN2 or BigGAN: draw so many into the folder PATH")
+    number("--truncation", 0.7, "of their latents", minimum=0.01)
+    number("--seed", 0, "of their latents", minimum=0)
+    option("--class", dest="label", type=at_least(0), help="BigGAN: number of the class; all in turn if not given")
+    option("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda")
+    return [parser.parse_intermixed_args(argv)]
+
+
+def use(args):
+    """What the command line asks for: translations, drawings, or the table of costs."""
     try:
         device = torch.empty(1, device=args.device).device
-    except (RuntimeError, AssertionError):  # a build of torch without CUDA raises the second
-        parser.error(f"--device {args.device} does not work here, use cpu")
+    except (RuntimeError, AssertionError) as error:  # a build of torch without CUDA raises the second
+        raise InputError(f"--device {args.device} does not work here, use cpu") from error
     if args.generator is None:
         print_costs(device)
         return
-    try:
-        net = load_generator(args.generator, device)
-        draws = isinstance(net, (StyleGAN2Generator, BigGANGenerator))
-        if draws and len(args.paths) == 1 and args.size is None and not args.pairs:
-            draw_samples(net, args.paths[0], args.count, args.truncation, args.seed, args.label)
-        elif not draws and len(args.paths) == 2 and args.label is None:
-            translate_folder(net, *args.paths, args.size, args.pairs)
-        else:
-            wanted = "pictures, and a folder for their translations; no --class"
-            if draws:
-                wanted = "one folder, where to draw; no --size, no --pairs"
-            raise InputError(f"{args.generator} is a {type(net).__name__}: give {wanted}")
-    except (InputError, OSError) as error:
-        parser.error(error)
+    net = load_generator(args.generator, device)
+    draws = isinstance(net, (StyleGAN2Generator, BigGANGenerator))
+    if draws and len(args.paths) == 1:
+        draw_samples(net, args.paths[0], args.count, args.truncation, args.seed, args.label)
+    elif not draws and len(args.paths) == 2:
+        translate_folder(net, *args.paths, args.size, args.pairs)
+    else:
+        wanted = "one folder, where to draw" if draws else "pictures, and a folder for their translations"
+        raise InputError(f"{args.generator} is a {type(net).__name__}: give {wanted}")
+
+
+def main(argv=None):
+    run_script("models", parse_args, use, argv)
 
 
 if __name__ == "__main__":

@@ -729,7 +729,7 @@ def test_the_teachers_discriminator_is_frozen_and_stage_1_never_calls_it(data, f
     resume("stylegan2_dgl", tmp_path)
     D_T, D_S = sorted(set(calls), key=calls.count)
     assert calls.count(D_T) == 3  # once for each update of G
-    assert same(dict(D_T.state_dict()), models.load_file(teacher)["d"])
+    assert same(dict(D_T.state_dict()), models.load_file(teacher)["d"]["state_dict"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1121,7 +1121,7 @@ def test_statistics(tmp_path):
     for part in np.array_split(x[:150], 20):
         stats.update(torch.from_numpy(part))
     second.update(x[150:])
-    stats.merge(second)
+    stats.merge(second.n, second._mean, second._scatter)
     stats.save(tmp_path / "ours.npz")
     np.savez(tmp_path / "foreign.npz", mu=stats.mean, sigma=stats.cov)  # as other tools write it
     for found in (stats, *(fid.FeatureStats.load(tmp_path / name) for name in ("ours.npz", "foreign.npz"))):
@@ -1199,8 +1199,12 @@ def test_files_are_found(find_files, tmp_path):
         (tmp_path / name).touch()
     (tmp_path / "link").symlink_to(tmp_path / "b")
     (tmp_path / "b/circle").symlink_to(tmp_path)
+    (tmp_path / "b/to_run").symlink_to(tmp_path / "run")
+    (tmp_path / "run/to_b").symlink_to(tmp_path / "b")
     found = sorted(os.path.relpath(path, tmp_path) for path in find_files(tmp_path))
-    assert found == ["a.png", "b/a.png", "link/a.png", "run/args.json"]
+    inside = ["a.png", "to_run/args.json"]
+    expected = ["a.png", *(f"{folder}/{name}" for folder in ("b", "link") for name in inside)]
+    assert found == [*expected, "run/args.json", "run/to_b/a.png"]
 
 
 @dgl_scripts

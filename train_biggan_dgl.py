@@ -56,7 +56,7 @@ def parse_args(argv):
     option("--toy", action="store_true", help="small networks; without --data synthetic pictures, six shapes")
     option, number = models.add_section(parser, "networks; files of ours keep their own sizes and widths")
     option("--teacher", nargs="+", metavar="FILE", help="trained D [G_ema], or our teacher.pt or checkpoint.pt")
-    option("--student", metavar="FILE", help="a stage1.pt, stage2.pt or checkpoint.pt of ours to start from")
+    option("--student", nargs=1, metavar="FILE", help="a stage1.pt, stage2.pt or checkpoint.pt of ours to start from")
     number("--teacher-ch", 96, "channel multiplier of the teacher's networks")
     number("--student-ch", 48, "channel multiplier of the student's generator")
     number("--student-d-ch", 96, "channel multiplier of the student's discriminator")
@@ -86,6 +86,8 @@ def parse_args(argv):
 
     implied = dict(teacher=dict(teacher_kimg=0.0), student=dict(stage1_kimg=0.0))  # what is given need not be trained
     args, checkpoint = models.parse_run(parser, argv, NAME, TOY, BUDGETS, implied)
+    if not (args.teacher_kimg or args.stage1_kimg or args.stage2_kimg):
+        raise InputError("--teacher-kimg, --stage1-kimg and --stage2-kimg are all 0: nothing to train")
     if args.teacher and args.teacher_kimg:
         raise InputError(f"--teacher is trained already: leave out --teacher-kimg {args.teacher_kimg:g}")
     if args.stage2_kimg and not (args.teacher or args.teacher_kimg):
@@ -124,6 +126,9 @@ def train(args, checkpoint):
         for role in ("teacher", "student"):
             if f"{role}_d" in records:
                 check_classes(records.get(f"{role}_classes"), classes, f"--{role}")
+                known = records[f"{role}_d"].get("config", {}).get("n_classes", len(classes))
+                if known != len(classes):
+                    raise InputError(f"--{role}: knows {known} classes, --data has {len(classes)}")
     args.size = args.size or 128
     torch.manual_seed(args.seed)
     teacher = build_pair(args, args.teacher_ch, args.teacher_ch, len(classes))
@@ -449,7 +454,7 @@ def write_toy_dataset(folder, size=32, count=100):
 
 
 def main(argv=None):
-    models.run_script(NAME, parse_args, train, argv)
+    models.run_script(f"train_{NAME}", parse_args, train, argv)
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def parse_args(argv):
     option("--toy", action="store_true", help="small networks; without --data synthetic pictures, plain to striped")
     option, number = models.add_section(parser, "networks; files of ours bring their own widths along")
     option("--teacher", nargs="+", metavar="FILE", help="trained G [F [D of G's images [D of F's]]], or checkpoint.pt")
-    option("--student", metavar="FILE", help="a student.pt or checkpoint.pt of ours to start from")
+    option("--student", nargs=1, metavar="FILE", help="a student.pt or checkpoint.pt of ours to start from")
     option("--teacher-arch", choices=ARCHS, default=ARCHS[0], help="the teacher's generators")
     option("--student-arch", choices=ARCHS, default=ARCHS[0], help="the student's generator")
     number("--teacher-ngf", 64, "channels of the teacher's first convolution")
@@ -484,7 +484,7 @@ class ImagePool:
 
 
 def main(argv=None):
-    models.run_script(NAME, parse_args, train, argv)
+    models.run_script(f"train_{NAME}", parse_args, train, argv)
 
 
 if __name__ == "__main__":

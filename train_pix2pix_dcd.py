@@ -56,7 +56,7 @@ def parse_args(argv):
     option("--toy", action="store_true", help="small networks; without --data synthetic pictures, drawings to solids")
     option, number = models.add_section(parser, "networks; files of ours bring their own widths along")
     option("--teacher", nargs="+", metavar="FILE", help="trained G [D], or a checkpoint.pt of ours")
-    option("--student", metavar="FILE", help="a student.pt or checkpoint.pt of ours to start from")
+    option("--student", nargs=1, metavar="FILE", help="a student.pt or checkpoint.pt of ours to start from")
     option("--teacher-arch", choices=ARCHS, default=ARCHS[0], help="the teacher's generator")
     option("--student-arch", choices=ARCHS, default=ARCHS[0], help="the student's generator")
     number("--teacher-ngf", 64, "channels of the teacher's first convolution")
@@ -465,7 +465,7 @@ def write_toy_dataset(folder, size=104, n_train=96, n_test=8):
 
 
 def main(argv=None):
-    models.run_script(NAME, parse_args, train, argv)
+    models.run_script(f"train_{NAME}", parse_args, train, argv)
 
 
 if __name__ == "__main__":

@@ -58,8 +58,15 @@ def parse_args(argv):
     option("--cache", metavar="FOLDER", help="where the resized images are kept, 3 SIZE^2 bytes each; OUT")
     option("--toy", action="store_true", help="small networks; without --data synthetic pictures, round faces")
     option, number = models.add_section(parser, "networks; files that are given keep their own sizes and widths")
-    option("--teacher", metavar="FILE", help="NVIDIA's .pkl, the community's {g, d, g_ema}, a teacher.pt of ours")
-    option("--student", metavar="FILE", help="the same, to start from: a stage1.pt, stage2.pt or checkpoint.pt of ours")
+    option(
+        "--teacher", nargs=1, metavar="FILE", help="NVIDIA's .pkl, the community's {g, d, g_ema}, a teacher.pt of ours"
+    )
+    option(
+        "--student",
+        nargs=1,
+        metavar="FILE",
+        help="the same, to start from: a stage1.pt, stage2.pt or checkpoint.pt of ours",
+    )
     number("--teacher-width", 1.0, "factor on the channels of the teacher's networks", minimum=1 / 512)
     number("--student-width", 0.5, "factor on the channels of the student's G", minimum=1 / 512)
     number("--student-d-width", 0.5, "factor on the channels of the student's D", minimum=1 / 512)
@@ -86,6 +93,8 @@ def parse_args(argv):
 
     implied = dict(teacher=dict(teacher_kimg=0.0), student=dict(stage1_kimg=0.0))  # what is given need not be trained
     args, checkpoint = models.parse_run(parser, argv, NAME, TOY, BUDGETS, implied)
+    if not (args.teacher_kimg or args.stage1_kimg or args.stage2_kimg):
+        raise InputError("--teacher-kimg, --stage1-kimg and --stage2-kimg are all 0: nothing to train")
     if args.teacher and args.teacher_kimg:
         raise InputError(f"--teacher is trained already: leave out --teacher-kimg {args.teacher_kimg:g}")
     if args.stage2_kimg and not (args.teacher or args.teacher_kimg):
@@ -266,8 +275,7 @@ def train(args, checkpoint):
             due = inception and (step % eval_steps == 0 or stage_over or last)
             if rank == 0 and stage_over:
                 name = BUDGETS[stage].removesuffix("_kimg")
-                shape = G_ema.config | dict(latent=G_ema.style_dim)  # "latent" is the community's word
-                models.save_pair(out / f"{name}.pt", pair, args=argparse.Namespace(**shape))
+                models.save_pair(out / f"{name}.pt", pair)
             if step % args.save_every == 0 or due or stage_over or last or stop_signal:
                 save(step, stage)
             if stop_signal:
@@ -446,7 +454,7 @@ def write_toy_dataset(folder, size=32, count=512):
 
 
 def main(argv=None):
-    models.run_script(NAME, parse_args, train, argv)
+    models.run_script(f"train_{NAME}", parse_args, train, argv)
 
 
 if __name__ == "__main__":
