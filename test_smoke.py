@@ -1219,7 +1219,7 @@ def test_command_line(inception_file, capfd):
     options = f"--device cpu --weights {inception_file}"
     fid.main(f"b --save b.npz --workers 0 {options}".split())
     fid.main(f"a b.zip --batch-size 1 --workers 2 --kid --is --json {options}".split())
-    alone = json.loads(capfd.readouterr().out)
+    alone = json.loads(capfd.readouterr().out.splitlines()[-1])
     assert alone["images"] == [11, 4] and alone["kid"] > 0
     torchrun = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2 {HERE}/fid.py"
     command = f"{torchrun} a b.npz --batch-size 2 --workers 0 --is --json {options}".split()
