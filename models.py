@@ -1550,7 +1550,7 @@ def add_section(parser, title):
     def number(name, default, help, minimum=None):
         if minimum is None:
             minimum = 1 if isinstance(default, int) else 0.0
-        group.add_argument(name, type=at_least(minimum), default=default, help=help)
+        group.add_argument(name, type=at_least(minimum), default=default, metavar="N", help=help)
 
     return group.add_argument, number
 
