@@ -942,8 +942,9 @@ def load_weights(net, record, source):
                 raise InputError(f"{source}: no {name} can be built of {config} ({error})") from error
             net.train(training)
         record = record["state_dict"]
-    if not all(isinstance(value, torch.Tensor) for value in record.values()):
-        found = textwrap.shorten(", ".join(record), 100)
+    if not isinstance(record, dict) or not all(isinstance(value, torch.Tensor) for value in record.values()):
+        found = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
+        found = textwrap.shorten(found, 100)
         raise InputError(
             f"{source}: expected names of weights to tensors, or such an entry 'state_dict', found {found}"
         )
@@ -1061,6 +1062,8 @@ def read_pair(paths, role, script):
         own = {name.removeprefix(f"{role}_"): record for name, record in content["networks"].items()}
         return content | own
     for name in {"g", "d", "g_ema"} & content.keys():
+        if not isinstance(content[name], dict):
+            raise InputError(f"{paths[0]}: its {name!r} is a {type(content[name]).__name__}, expected weights by name")
         if "state_dict" not in content[name]:  # the community's
             content[name] = {"state_dict": content[name]} | stylegan2_config(content[name])
     return content

@@ -475,6 +475,8 @@ models | {bad}/half.pt a b | half.pt: not a checkpoint, or damaged; copy it agai
 models | {bad}/config.pt a b | config.pt: no ResnetGenerator can be built of
 models | {bad}/pickle.pt a b | it asks for 'posix.system', which no StyleGAN2 needs
 models | missing.pt a b | missing.pt: no such file
+models | {bad}/odd.pt a | its 'g_ema' is a int, expected weights by name
+train_cyclegan_dcd | --teacher {bad}/five.pt | or such an entry 'state_dict', found int
 train_cyclegan_dcd | --out {bad} | student.pt: is no run's, and would be overwritten
 fid | {bad}/odd/train gone | gone: no such folder
 fid | {bad}/odd/train --is | train: 2 images, needed are 10 or more
@@ -492,6 +494,8 @@ def bad(data, tmp_path_factory):
     torch.save(ResnetGenerator(ngf=2, separable=True).state_dict(), root / "narrow.pt")
     torch.save(ResnetGenerator(ngf=2, norm="batch").state_dict(), root / "batch.pt")
     torch.save({"epoch": 1, "model": {}}, root / "nested.pt")
+    torch.save({"state_dict": 5}, root / "five.pt")
+    torch.save({"g_ema": 5}, root / "odd.pt")
     models.save_generator(root / "student.pt", ResnetGenerator(ngf=2), direction="AtoB")
     content = bytearray((root / "student.pt").read_bytes())
     (root / "half.pt").write_bytes(content[:500])
