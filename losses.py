@@ -228,7 +228,7 @@ class PathLengthPenalty(nn.Module):
 
     y is Gaussian noise in image space, J_w the Jacobian of the images with respect to w, a the running mean of the
     lengths with the given decay, kept in the state dict. As in the references, a contains this batch's mean, through
-    which the gradient flows too.
+    which the gradient flows too, and moves at every call. Every process has to call it: a is the same in all.
     """
 
     def __init__(self, decay=0.01):
@@ -236,35 +236,17 @@ class PathLengthPenalty(nn.Module):
         self.decay = decay
         self.register_buffer("mean", torch.zeros(()))
 
-    def lengths(self, images, latents):
-        """|J_w^T y| of each image: images (N, 3, H, W) computed from latents (N, layers, style_dim) -> (N,)."""
+    def forward(self, images, latents):
+        """Images (N, 3, H, W) computed from latents w (N, layers, style_dim) -> the penalty, a scalar."""
         noise = torch.randn_like(images) / math.sqrt(images.shape[2] * images.shape[3])
         (gradient,) = torch.autograd.grad((images * noise).sum(), latents, create_graph=True)
-        return gradient.square().sum(2).mean(1).sqrt()
-
-    def forward(self, images, latents, batch_mean=None):
-        """Images computed from latents, see lengths -> (penalty, mean length), two scalars.
-
-        batch_mean: the mean length of a larger batch that these images are a part of, a number or a scalar without
-            gradient; the mean of all its parts' penalties, with their gradients, is then the whole batch's.
-        """
-        lengths = self.lengths(images, latents)
-        own_mean = lengths.mean()
-        if batch_mean is None:
-            target = self.mean.lerp(own_mean, self.decay)
-            penalty = (lengths - target).square().mean()
-        else:
-            target = self.mean.lerp(batch_mean, self.decay)
-            slope = -2 * (batch_mean - target)  # of the whole batch's penalty by its target, which moves with own_mean
-            penalty = (lengths - target).square().mean() + slope * self.decay * (own_mean - own_mean.detach())
-        return penalty, own_mean.detach()
-
-    def move(self, length):
-        """Moves the running mean, once a step, towards the mean length over the processes; every process calls it."""
+        lengths = gradient.square().sum(2).mean(1).sqrt()
+        target = self.mean.lerp(lengths.mean(), self.decay)
+        self.mean.copy_(target.detach())
         if processes()[1] > 1:
-            dist.all_reduce(length)
-            length = length / processes()[1]
-        self.mean.lerp_(length, self.decay)
+            dist.all_reduce(self.mean)
+            self.mean /= processes()[1]
+        return (lengths - target).square().mean()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -232,27 +232,16 @@ def train(args, checkpoint):
                 (loss_G / args.accumulate).backward()
             finish_step(optimizer_G)
 
-            # Path length: E[ (|J_w^T y| - a)^2 ] on half a batch. The mean length of this process's batch is a part of
-            # a: with several micro-batches a first pass measures it, from the same random numbers as the second
+            # Path length: E[ (|J_w^T y| - a)^2 ] on half a batch, a being the running mean of the lengths
             if args.path_weight and (step - 1 - stage_start) % args.path_every == 0:
                 optimizer_G.zero_grad()
-                half, batch_mean = max(1, args.batch_size // 2), None
-                if args.accumulate > 1:
-                    batch_mean = 0.0
-                    with fork_rng(device):
-                        for _ in range(args.accumulate):
-                            with autocast():
-                                fake, w = draw_images(G, half, args.style_mixing)
-                            batch_mean += path_length.lengths(fake, w).mean().detach() / args.accumulate
                 for _ in range(args.accumulate):
                     with autocast():
-                        fake, w = draw_images(G, half, args.style_mixing)
-                    loss_path, length = path_length(fake, w, batch_mean)
+                        fake, w = draw_images(G, max(1, args.batch_size // 2), args.style_mixing)
+                    loss_path = path_length(fake, w)
                     (args.path_weight * args.path_every * loss_path / args.accumulate).backward()
-                    meter.add(path=loss_path)
+                    meter.add(path=loss_path, path_mean=path_length.mean)
                 finish_step(optimizer_G)
-                path_length.move(length if batch_mean is None else batch_mean)
-                meter.add(path_mean=path_length.mean)
             G.requires_grad_(False)
             update_ema(G_ema, G, ema_decay)
 
@@ -330,11 +319,6 @@ def draw_images(G, n, style_mixing):
     return G.synthesis(w), w
 
 
-def fork_rng(device):
-    """Inside, random numbers are drawn as usual; afterwards it is as if none had been."""
-    return torch.random.fork_rng([device] if device.type == "cuda" else [])
-
-
 def evaluate(generators, images, inception, to_device, args):
     """{"fid_NAME": ..}: Fréchet distances of each generator's images to the real ones' statistics."""
     kept = Path(args.out, images.path.stem)
@@ -351,8 +335,9 @@ def draw(G, args):
     """Yields this process's share of --eval-images images, from the same latents and noise every time."""
     device = next(G.parameters()).device
     rank, world = processes()
+    devices = [device] if device.type == "cuda" else []
     for start in range(rank * args.batch_size, args.eval_images, args.batch_size * world):
-        with fork_rng(device):
+        with torch.random.fork_rng(devices):  # training goes on as if no number had been drawn
             torch.manual_seed(args.seed + start)
             z = torch.randn(min(args.batch_size, args.eval_images - start), G.style_dim, device=device)
             images = G(z)
