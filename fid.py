@@ -22,6 +22,7 @@ import json
 import os
 import pathlib
 import sys
+import typing
 import zipfile
 
 import numpy as np
@@ -131,51 +132,15 @@ def inception_score(logits, splits=10):
 # Statistics
 
 
-class FeatureStats:
-    """Mean and covariance of features, streamed in float64: memory does not grow with their number.
+class FeatureStats(typing.NamedTuple):
+    """What the Fréchet distance needs of a set of features: mean (D,) and cov (D, D), divisor n - 1, of n images.
 
-    n: features so far (None if loaded from a file that does not say). mean: (D,). cov: (D, D), divisor n - 1.
-    Parts are joined by the centred update of Chan, Golub and LeVeque (1979), stable where the mean is much larger than
-    the deviation, on the device of the features. `mean` and `cov` are arrays; cov needs two images or more.
+    Both are float64 arrays. n is None if a file does not say.
     """
 
-    def __init__(self):
-        self.n = 0
-        self._mean = torch.zeros((), dtype=torch.float64)
-        self._scatter = torch.zeros((), dtype=torch.float64)  # sum of (x - mean) (x - mean)^T
-
-    @property
-    def mean(self):
-        return self._mean.cpu().numpy()
-
-    @property
-    def cov(self):
-        return self._scatter.cpu().numpy() / ((self.n or 2) - 1)
-
-    def update(self, features):
-        """Add features (N, D), a tensor on any device or an array."""
-        x = torch.as_tensor(features).detach().double()
-        mean = x.mean(dim=0)
-        centred = x - mean
-        self.merge(len(x), mean, centred.T @ centred)
-
-    def merge(self, n, mean, scatter):
-        """Add n features with this mean and scatter, the sum of (x - mean) (x - mean)^T."""
-        if n == 0:
-            return
-        total = self.n + n
-        delta = mean - self._mean
-        between = torch.outer(delta, delta) * (self.n * n / total)
-        self._scatter = self._scatter + scatter + between
-        self._mean = self._mean + delta * (n / total)
-        self.n = total
-
-    def merge_across_processes(self):
-        """Make these the statistics of all processes' features, the same on each; every process has to call it."""
-        parts = gather((self.n, self._mean.cpu(), self._scatter.cpu()))
-        self.__init__()
-        for part in parts:
-            self.merge(*part)
+    n: int | None
+    mean: np.ndarray
+    cov: np.ndarray
 
     def save(self, path):
         """Write .npz with mu and sigma, the format of pytorch-fid, and n; a crash leaves no half a file."""
@@ -188,16 +153,28 @@ class FeatureStats:
     @classmethod
     def load(cls, path):
         """Read an .npz with mu (D,), sigma (D, D) and, if there, n. Raises InputError for other files."""
-        stats = cls()
         try:
             with np.load(path, allow_pickle=False) as file:
-                stats._mean = torch.from_numpy(file["mu"]).double()
-                stats._scatter = torch.from_numpy(file["sigma"]).double()
-                stats.n = int(file["n"]) if "n" in file else None
-                stats._scatter *= (stats.n or 2) - 1
+                n = int(file["n"]) if "n" in file else None
+                return cls(n, file["mu"].astype(np.float64), file["sigma"].astype(np.float64))
         except Exception as error:  # numpy raises a different error for each way not to be such a file
             raise InputError(f"{path}: not an .npz of statistics, mu and sigma ({first_line(error)})") from error
-        return stats
+
+
+def feature_stats(parts):
+    """Return FeatureStats of features that come in parts, an iterable of tensors (N, D) on any device.
+
+    They are summed up in float64, where they are: memory does not grow with their number. With several processes every
+    one has to call it, with its share; all return the statistics of all features.
+    """
+    n, total, products = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    for part in parts:
+        x = part.detach().double()
+        n, total, products = n + len(x), total + x.sum(dim=0), products + x.T @ x
+    n, total, products = map(sum, zip(*gather((n, total.cpu(), products.cpu())), strict=True))
+    mean = total / n
+    scatter = products - torch.outer(total, mean)  # sum of (x - mean) (x - mean)^T
+    return FeatureStats(n, mean.numpy(), (scatter / max(n - 1, 1)).numpy())
 
 
 def processes():
@@ -351,15 +328,16 @@ def measure(batches, inception, keep=()):
     "features" are (n, 2048), "logits" (n, 1008), on the CPU. With several processes every one has to call it, the
     process r with the images r, r + world, ...; all return the same, the outputs in the order of the images.
     """
-    stats = FeatureStats()
     kept = {name: [torch.empty(0)] for name in keep}
-    for images in batches:
-        features, logits = inception(images)
-        stats.update(features)
-        outputs = {"features": features, "logits": logits}
-        for name in keep:
-            kept[name].append(outputs[name].cpu())
-    stats.merge_across_processes()
+
+    def features():
+        for images in batches:
+            outputs = dict(zip(("features", "logits"), inception(images), strict=True))
+            for name in keep:
+                kept[name].append(outputs[name].cpu())
+            yield outputs["features"]
+
+    stats = feature_stats(features())
     return stats, {name: gather_rows(torch.cat(kept[name])) for name in keep}
 
 
