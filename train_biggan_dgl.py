@@ -53,7 +53,7 @@ def parse_args(argv):
     option("--size", type=int, choices=(32, 64, 128, 256), help="side of the images, pixels; the teacher's, or 128")
     option("--mirror", action=argparse.BooleanOptionalAction, default=False, help="flip half of the images, at random")
     option("--cache", metavar="FOLDER", help="where the resized images are kept, 3 SIZE^2 bytes each; OUT")
-    option("--toy", action="store_true", help="small networks; without --data synthetic pictures, six shapes")
+    option("--toy", action="store_true", help="small networks; without --data synthetic pictures, four shapes")
     option, number = models.add_section(parser, "networks; files of ours keep their own sizes and widths")
     option("--teacher", nargs="+", metavar="FILE", help="trained D [G_ema], or our teacher.pt or checkpoint.pt")
     option("--student", nargs=1, metavar="FILE", help="a stage1.pt, stage2.pt or checkpoint.pt of ours to start from")
@@ -415,41 +415,29 @@ class LabelledImages(Dataset):
 
 
 # What --toy changes; any flag on the command line wins over it.
-TOY = dict(size=32, teacher_ch=8, student_ch=4, student_d_ch=8, dim_z=32, shared_dim=16, attention=0, sn_eps=1e-8)
-TOY |= dict(teacher_kimg=40.0, stage1_kimg=30.0, stage2_kimg=12.0, batch_size=32, accumulate=1, d_steps=2, lr=1e-3)
-TOY |= dict(d_lr=1e-3, adam_eps=1e-8, ema_decay=0.99, ema_start=50, inception="none", eval_every=0, workers=0)
+TOY = dict(size=32, teacher_ch=6, student_ch=4, student_d_ch=6, dim_z=32, shared_dim=16, attention=0, sn_eps=1e-8)
+TOY |= dict(teacher_kimg=8.0, stage1_kimg=6.4, stage2_kimg=2.4, batch_size=16, accumulate=1, lr=1e-3, d_lr=1e-3)
+TOY |= dict(adam_eps=1e-8, ema_decay=0.98, ema_start=50, inception="none", eval_every=0, workers=0)
 TOY |= dict(log_every=50, sample_every=200, save_every=200)
 
 
 def write_toy_dataset(folder, size=32, count=100):
     """Classes: shapes in bright colours on dark ground, of many sizes, places and turns."""
-    corners = dict(circle=40, cross=0, moon=0, square=4, star=10, triangle=3)
+    corners = dict(circle=40, moon=40, square=4, triangle=3)
     for label, (name, n) in enumerate(corners.items()):
         (folder / name).mkdir(parents=True, exist_ok=True)
         for i in range(count):
             rng = np.random.default_rng([label, i])
             scale = 4 * size  # drawn four times larger and filtered down: smooth edges
-            ground, colour = (
-                rng.integers(10, 60, 3),
-                np.roll([rng.integers(200, 256), rng.integers(60, 256), 60], label),
-            )
-            image = Image.new("RGB", (scale, scale), tuple(ground.tolist()))
-            draw, colour = ImageDraw.Draw(image), tuple(colour.tolist())
-            (x, y), r, turn = (
-                rng.uniform(0.42, 0.58, 2) * scale,
-                rng.uniform(0.25, 0.36) * scale,
-                rng.uniform(-0.3, 0.3),
-            )
-            if n:
-                angles = turn - np.pi / 2 + np.pi * (n == 4) / 4 + 2 * np.pi * np.arange(n) / n
-                radii = r * np.where(np.arange(n) % 2 * (n == 10), 0.45, 1.0)
-                draw.polygon([*zip(x + radii * np.cos(angles), y + radii * np.sin(angles), strict=True)], fill=colour)
-            elif name == "cross":
-                draw.rectangle((x - r, y - r / 3, x + r, y + r / 3), fill=colour)
-                draw.rectangle((x - r / 3, y - r, x + r / 3, y + r), fill=colour)
-            else:
-                draw.ellipse((x - r, y - r, x + r, y + r), fill=colour)
-                draw.ellipse((x - r / 4, y - r, x + 1.4 * r, y + r * 0.8), fill=tuple(ground.tolist()))
+            ground = tuple(rng.integers(10, 60, 3).tolist())
+            colour = np.roll([rng.integers(200, 256), rng.integers(60, 256), 60], label)
+            image = Image.new("RGB", (scale, scale), ground)
+            draw = ImageDraw.Draw(image)
+            x, y = rng.uniform(0.42, 0.58, 2) * scale
+            radius, turn = rng.uniform(0.25, 0.36) * scale, rng.uniform(-15, 15)
+            draw.regular_polygon((x, y, radius), n, turn, fill=tuple(colour.tolist()))
+            if name == "moon":
+                draw.circle((x + 0.6 * radius, y), 0.9 * radius, fill=ground)
             image.resize((size, size), Image.Resampling.LANCZOS).save(folder / name / f"{i:03d}.png")
 
 

@@ -233,7 +233,6 @@ def train(args, checkpoint):
         #       + lambda_style L_style(G_S(x), G(x)) + lambda_feature L_feature(G_S(x), G(x))
         with autocast():
             loss_gan = generator_loss(teacher_D(torch.cat([real_A, fake_S], 1)), "hinge")
-
             loss_dcd = distill_loss(student_taps, teacher_taps, teacher_D.features)
             loss_S = args.lambda_gan * loss_gan + args.lambda_dcd * loss_dcd
             if perceptual_loss:
