@@ -77,20 +77,19 @@ class DCDLoss(nn.Module):
                 each image's from its own maps (no batch norm). The gradient passes through it: freeze its parameters,
                 discriminator.requires_grad_(False), while the student learns, or they gather gradients too.
 
-        The gradient reaches the student's taps and connectors, not the teacher's. Raises ValueError for taps that are
-        no list of as many maps as there are connectors, and for pairs of different N, H or W.
+        The gradient reaches the student's taps and connectors, not the teacher's. Raises ValueError for more or fewer
+        taps than connectors, and for pairs of different N, H or W.
         """
-        count = len(self.student_connectors)
-        for taps in (student_taps, teacher_taps):
-            if not isinstance(taps, (list, tuple)) or len(taps) != count:
-                raise ValueError(f"expected a list of {count} taps, found a {type(taps).__name__}")
+        connectors = zip(self.student_connectors, self.teacher_connectors, strict=True)
         loss = 0.0
-        for i, (student_tap, teacher_tap) in enumerate(zip(student_taps, teacher_taps, strict=True)):
+        for (student_connector, teacher_connector), student_tap, teacher_tap in zip(
+            connectors, student_taps, teacher_taps, strict=True
+        ):
             if (len(student_tap), student_tap.shape[2:]) != (len(teacher_tap), teacher_tap.shape[2:]):
-                raise ValueError(f"taps {i}: shapes {tuple(student_tap.shape)} and {tuple(teacher_tap.shape)}")
-            student_features = phi(self.enlarge(self.student_connectors[i](student_tap)))
+                raise ValueError(f"taps of shapes {tuple(student_tap.shape)} and {tuple(teacher_tap.shape)}")
+            student_features = phi(self.enlarge(student_connector(student_tap)))
             with torch.no_grad():
-                teacher_features = phi(self.enlarge(self.teacher_connectors[i](teacher_tap)))
+                teacher_features = phi(self.enlarge(teacher_connector(teacher_tap)))
             loss = loss + (student_features.float() - teacher_features.float()).abs().mean()
         return loss
 
@@ -180,9 +179,7 @@ class PerceptualLoss(nn.Module):
         if weights == "auto":
             path = fetch_weights(VGG16_Weights.IMAGENET1K_V1.url, "--vgg FILE")
         trained = load_file(path)
-        with torch.device("meta"):  # no random numbers are drawn for weights that come from the file
-            features = make_layers(cfgs["D"], batch_norm=False)[: self.relu4_3 + 1]
-        self.features = features.to_empty(device="cpu")
+        self.features = make_layers(cfgs["D"])[: self.relu4_3 + 1]
         names = [name for name in self.features.state_dict() if f"features.{name}" in trained]
         load_weights(self.features, {name: trained[f"features.{name}"] for name in names}, path)
         self.requires_grad_(False)

@@ -273,11 +273,13 @@ class PatchDiscriminator(nn.Module):
             channels = wider
         layers += [nn.Conv2d(channels, 1, 4, stride=1, padding=1)]
         self.model = nn.Sequential(*layers)
-        self.min_size = 3 * 2**n_layers  # below it the last hidden map is one pixel: instance norm has nothing to do
         self.register_load_state_dict_pre_hook(adapt_reference_keys)
 
     def features(self, x):
-        """(N, in, H, W) -> the last hidden activation, (N, 8 ndf, H/8 - 1, W/8 - 1); H and W at least min_size."""
+        """(N, in, H, W) -> the last hidden activation, (N, 8 ndf, H/8 - 1, W/8 - 1).
+
+        H and W of at least 24 (3 * 2 ** n_layers): of a map of one pixel instance norm leaves nothing.
+        """
         return self.model[:-1](x)
 
     def forward(self, x):
@@ -505,16 +507,16 @@ class StyleGAN2Generator(nn.Module):
         z = torch.randn(n_samples, self.style_dim, device=self.input.input.device)
         return self.style(z).mean(0, keepdim=True)
 
-    def mapping(self, z, inject_index=None):
+    def mapping(self, z):
         """z (N, style_dim), or a list of two, -> w for every layer, (N, n_latent, style_dim).
 
-        With two latents, layers from inject_index (random when None) on use the second: style mixing.
+        With two latents, layers from a random one on use the second: style mixing.
         """
         z = [z] if isinstance(z, torch.Tensor) else list(z)
         w = self.style(torch.cat(z)).unsqueeze(1).expand(-1, self.n_latent, -1)
         if len(z) == 1:
             return w.contiguous()
-        index = torch.randint(1, self.n_latent, ()).item() if inject_index is None else inject_index
+        index = torch.randint(1, self.n_latent, ()).item()
         first, second = w.chunk(2)
         return torch.cat([first[:, :index], second[:, index:]], 1)
 
@@ -1469,6 +1471,14 @@ def broadcast_weights(networks):
         for net in networks:
             for tensor in net.state_dict().values():
                 dist.broadcast(tensor, 0)
+
+
+def broadcast_buffers(networks):
+    """Gives every process rank 0's running statistics and spectral vectors, which each has moved by its own batch."""
+    if processes()[1] > 1:
+        for net in networks:
+            for buffer in net.buffers():
+                dist.broadcast(buffer, 0)
 
 
 def start_processes(device, amp):

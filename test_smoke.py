@@ -1,4 +1,4 @@
-"""Everything that can be checked in two minutes on a CPU: python -m pytest test_smoke.py
+"""Everything that can be checked in three minutes on a CPU: python -m pytest test_smoke.py
 
 The training scripts end to end on tiny data, the method against the papers' formulas, the networks against the
 reference implementations (keys, shapes, recorded outputs), losses, hostile files, the commands, README's snippets.
@@ -420,7 +420,7 @@ def test_two_processes(data, tmp_path, capsys):
     runs = [("cyclegan_dcd", "plain", plain)]
     several = ("cyclegan_dcd", "stylegan2_dgl", "biggan_dgl")
     for name in several:
-        runs.append((name, f"{name}_whole", "--batch-size 2 --save-every 2 --max-steps 4"))
+        runs.append((name, f"{name}_whole", "--batch-size 2 --max-steps 4"))
         runs.append((name, f"{name}_cut", "--batch-size 2 --max-steps 2"))
         runs.append((name, f"{name}_cut", "--batch-size 2 --max-steps 4 --resume"))
     commands = [(free_port(), name, arguments(name, data, tmp_path / out, options)) for name, out, options in runs]
@@ -931,7 +931,7 @@ def test_dcd_loss():
     trained = [*taps, *loss.student_connectors.parameters()]
     frozen = [*targets, *D.parameters(), *loss.teacher_connectors.parameters()]
     assert all(p.grad.abs().sum() > 0 for p in trained) and all(p.grad is None for p in frozen)
-    fails("taps 1: shapes", loss, taps, [targets[0]] * 4, D.features)
+    fails("taps of shapes", loss, taps, [targets[0]] * 4, D.features)
 
 
 def test_the_papers_taps_are_not_enlarged():

@@ -134,8 +134,9 @@ def train(args, checkpoint):
     teacher = build_pair(args, args.teacher_ch, args.teacher_ch, len(classes))
     student = build_pair(args, args.student_ch, args.student_d_ch, len(classes))
     networks = {f"student_{name}": net for name, net in student.items()}
-    for name, net in teacher.items():  # of a teacher that is given, D alone is needed
-        if f"teacher_{name}" in records or (args.teacher_kimg and not checkpoint):
+    trains_teacher = args.teacher_kimg > 0 and not checkpoint
+    for name, net in teacher.items():  # of one that is given, what the file holds: D alone is needed
+        if trains_teacher or f"teacher_{name}" in records:
             networks[f"teacher_{name}"] = net
     models.load_networks(networks, records, out if checkpoint else "a file of --teacher or --student")
     for net in networks.values():
@@ -150,6 +151,7 @@ def train(args, checkpoint):
     step_images = args.batch_size * micro_batches * world
     stage_steps = [math.ceil(getattr(args, budget) * 1000 / step_images) for budget in BUDGETS]
     stage_ends = list(itertools.accumulate(stage_steps))
+    stage_starts = [0, *stage_ends[:-1]]
     last_step = min(stage_ends[-1], args.max_steps or stage_ends[-1])
     eval_steps = math.ceil(args.eval_every * 1000 / step_images)
     optimizers, first_step, best, scores = {}, 0, math.inf, {}
@@ -171,27 +173,21 @@ def train(args, checkpoint):
     say(f"{out}: steps {first_step} to {last_step} of {stage_ends[-1]}, {step_images} images each, {world} x {device}")
 
     def save(step, stage):
-        models.broadcast_weights(networks.values())  # running statistics and spectral vectors: rank 0's
         own = dict(losses=meter.state())
         record = dict(script=NAME, step=step, stage=stage, best=best, scores=scores)
         models.save_checkpoint(out / "checkpoint.pt", networks, optimizers, own, classes=classes, **record)
         if rank == 0 and stage:
             models.save_generator(out / "student.pt", student["g_ema"], classes=classes)
 
-    for stage, (stage_start, stage_end) in enumerate(itertools.pairwise((0, *stage_ends))):
+    for stage, (stage_start, stage_end) in enumerate(zip(stage_starts, stage_ends, strict=True)):
         steps = range(max(first_step, stage_start) + 1, min(stage_end, last_step) + 1)
         if not steps:
             continue
         say(f"stage {stage}, {STAGES[stage]}: to step {stage_end}")
-        pair, teacher_D = student, teacher["d"]
-        if stage == 0:
-            pair = teacher
-        else:  # of the teacher, D and G's average are needed from here on
-            for name in teacher.keys() & {"g", "path"}:
-                networks.pop(f"teacher_{name}", None)
-                del teacher[name]
+        pair = teacher if stage == 0 else student
+        teacher_D = teacher["d"]
+        if stage > 0:
             teacher_D.eval()  # frozen: in train mode its spectral vectors would move
-            teacher_D.zero_grad()
         G, D, G_ema = pair["g"], pair["d"], pair["g_ema"]
         adam = functools.partial(torch.optim.Adam, betas=(0.0, 0.999), eps=args.adam_eps, fused=True)
         optimizer_G, optimizer_D = adam(G.parameters(), lr=args.lr), adam(D.parameters(), lr=args.d_lr)
@@ -237,6 +233,7 @@ def train(args, checkpoint):
                 (loss_G / args.accumulate).backward()
             finish_step(optimizer_G)
             G.requires_grad_(False)
+            models.broadcast_buffers([G, D])
 
             # The moving average is a copy for the first steps of a pair; a student that is given has had them
             pair_step = step - 1 - (stage_ends[0] if stage else 0)
@@ -251,15 +248,17 @@ def train(args, checkpoint):
                 meter = LossMeter()
 
             # Samples, of the student and of a teacher whose generator is known
-            shown = dict(student=student["g_ema"]) if stage else {}
+            generators = {}
             if "teacher_g_ema" in networks:
-                shown = dict(teacher=teacher["g_ema"]) | shown
+                generators["teacher"] = teacher["g_ema"]
+            if stage > 0:
+                generators["student"] = student["g_ema"]
             if rank == 0 and args.sample_every and (step % args.sample_every == 0 or stage_over or last):
-                save_samples(out / f"samples/stage{stage}_{step:07d}.png", shown, classes, args.seed)
+                save_samples(out / f"samples/stage{stage}_{step:07d}.png", generators, classes, args.seed)
 
             # Save, and stop if a signal asks for it
             stop_signal = models.stop_asked()
-            due = inception and (step % eval_steps == 0 or stage_over or last)
+            due = inception is not None and (step % eval_steps == 0 or stage_over or last)
             if rank == 0 and stage_over:
                 name = BUDGETS[stage].removesuffix("_kimg")
                 models.save_pair(out / f"{name}.pt", pair, classes=classes)
@@ -270,10 +269,10 @@ def train(args, checkpoint):
 
             # Evaluate; a teacher that no longer learns is measured once
             if due:
-                if stage and "fid_teacher" in scores:
-                    shown.pop("teacher", None)
+                if stage > 0 and "fid_teacher" in scores:
+                    generators.pop("teacher", None)
                 with models.interruptible():
-                    scores = scores | evaluate(shown, images, inception, to_device, args)
+                    scores = scores | evaluate(generators, images, inception, to_device, args)
                 models.log(args, dict(step=step, evaluation=True) | scores)
                 if scores.get("fid_student", math.inf) < best:
                     best = scores["fid_student"]

@@ -161,7 +161,8 @@ def train(args, checkpoint):
     # Steps
     global_batch = args.batch_size * world
     epoch_steps = math.ceil(len(dataset) / global_batch)
-    schedule_steps = (args.epochs + args.epochs_decay) * epoch_steps
+    decay_steps = args.epochs_decay * epoch_steps
+    schedule_steps = args.epochs * epoch_steps + decay_steps
     last_step = min(schedule_steps, args.max_steps or schedule_steps)
     first_step, best, scores = 0, math.inf, {}
     meter, pace = LossMeter(), models.Pace(global_batch, last_step)
@@ -193,12 +194,15 @@ def train(args, checkpoint):
     pace.restart(first_step)
     for step in range(first_step + 1, last_step + 1):
         real_A, real_B = map(to_device, next(batches))
+        n = len(real_A)  # images of each domain
+
+        # The learning rate is constant, then falls in equal parts, of which the last step has one
         steps_left = schedule_steps - step + 1
-        lr = args.lr * min(1.0, steps_left / (args.epochs_decay * epoch_steps + 1))
+        lr = args.lr * min(1.0, steps_left / (decay_steps + 1))
         for optimizer in optimizers.values():
             optimizer.param_groups[0]["lr"] = lr
-        # The teacher and the discriminators learn at every n-th step, the student at each: the released code alternates
-        # 10 epochs of the teacher with 40 of the student, the same 1 to 4, here interleaved
+        # The teacher and the discriminators learn at one step in teacher_every, the student at each: the released code
+        # alternates 10 epochs of the teacher with 40 of the student, the same 1 to 4, here interleaved
         teacher_step = (step - 1) % args.teacher_every == 0
 
         # Teacher, x being real_A and y real_B:
@@ -210,7 +214,7 @@ def train(args, checkpoint):
             with autocast():
                 # One pass of G for x and y, one of F for y, x and G(x)
                 images_B, taps_of_both = teacher_G(torch.cat([real_A, real_B]), taps=True)
-                fake_B, idt_B = images_B.chunk(2)
+                fake_B, idt_B = images_B[:n], images_B[n:]
                 fake_A, idt_A, rec_A = teacher_F(torch.cat([real_B, real_A, fake_B])).chunk(3)
                 rec_B = teacher_G(fake_A)
                 loss_gan = generator_loss(teacher_D(fake_B), "lsgan") + generator_loss(teacher_D_A(fake_A), "lsgan")
@@ -220,7 +224,7 @@ def train(args, checkpoint):
             meter.add(G_T_gan=loss_gan, G_T_cycle=loss_cycle, G_T_identity=loss_identity)
             # The student learns from the same pass of G, as it was before this update
             fake_A, fake_B = fake_A.detach(), fake_B.detach()
-            teacher_taps = [tap.detach().chunk(2)[0] for tap in taps_of_both]
+            teacher_taps = [tap[:n].detach() for tap in taps_of_both]  # those of x
         else:
             with autocast(), torch.no_grad():
                 fake_B, teacher_taps = teacher_G(real_A, taps=True)
@@ -254,13 +258,11 @@ def train(args, checkpoint):
                 fakes.append(pool_S.query(fake_S.detach()))
             with autocast():
                 logits = teacher_D(torch.cat([real_B, *fakes]))
-                real, fake = logits.tensor_split([len(real_B)])
-                loss_D = discriminator_loss(real, fake, "lsgan") / 2
+                loss_D = discriminator_loss(logits[:n], logits[n:], "lsgan") / 2
                 meter.add(D_T=loss_D)
                 if not args.freeze_teacher:
                     logits = teacher_D_A(torch.cat([real_A, pool_A.query(fake_A)]))
-                    real, fake = logits.chunk(2)
-                    loss_D_A = discriminator_loss(real, fake, "lsgan") / 2
+                    loss_D_A = discriminator_loss(logits[:n], logits[n:], "lsgan") / 2
                     loss_D = loss_D + loss_D_A
                     meter.add(D_T_A=loss_D_A)
             take_step(optimizer_D, loss_D)
@@ -474,11 +476,13 @@ class ImagePool:
         """(N, C, H, W) without gradient -> as many, new or old."""
         chosen = []
         for image in images:
-            if len(self.images) < self.size:
+            if len(self.images) < self.size:  # the pool fills up
                 self.images.append(image.clone())
-            elif self.size and torch.rand(()) < 0.5:
+            elif self.size and torch.rand(()) < 0.5:  # an old one goes out, the new one takes its place
                 slot = torch.randint(self.size, ()).item()
-                image, self.images[slot] = self.images[slot], image.clone()
+                old = self.images[slot]
+                self.images[slot] = image.clone()
+                image = old
             chosen.append(image)
         return torch.stack(chosen)
 

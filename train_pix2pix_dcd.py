@@ -161,7 +161,8 @@ def train(args, checkpoint):
     # Steps
     global_batch = args.batch_size * world
     epoch_steps = math.ceil(len(dataset) / global_batch)
-    schedule_steps = (args.epochs + args.epochs_decay) * epoch_steps
+    decay_steps = args.epochs_decay * epoch_steps
+    schedule_steps = args.epochs * epoch_steps + decay_steps
     last_step = min(schedule_steps, args.max_steps or schedule_steps)
     first_step, best, scores = 0, math.inf, {}
     meter, pace = LossMeter(), models.Pace(global_batch, last_step)
@@ -189,11 +190,12 @@ def train(args, checkpoint):
     pace.restart(first_step)
     for step in range(first_step + 1, last_step + 1):
         real_A, real_B = map(to_device, next(batches))
+        # The learning rate is constant, then falls in equal parts, of which the last step has one
         steps_left = schedule_steps - step + 1
-        lr = args.lr * min(1.0, steps_left / (args.epochs_decay * epoch_steps + 1))
+        lr = args.lr * min(1.0, steps_left / (decay_steps + 1))
         for optimizer in optimizers.values():
             optimizer.param_groups[0]["lr"] = lr
-        # The teacher learns at every n-th step, the student at every one
+        # The teacher and D_T learn at one step in teacher_every, the student at each
         teacher_step = (step - 1) % args.teacher_every == 0
         teacher_learns = teacher_step and not args.freeze_teacher
 
@@ -213,7 +215,7 @@ def train(args, checkpoint):
             pairs = torch.cat([torch.cat([real_A, image], 1) for image in images])
             with autocast():
                 logits = teacher_D(pairs)
-                real, fake = logits.tensor_split([len(real_A)])
+                real, fake = logits[: len(real_A)], logits[len(real_A) :]
                 loss_D = discriminator_loss(real, fake, "hinge") / 2
             take_step(optimizer_D, loss_D)
             meter.add(D_T=loss_D)

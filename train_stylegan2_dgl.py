@@ -127,8 +127,9 @@ def train(args, checkpoint):
     teacher = build_pair(args, args.teacher_width, args.teacher_width)
     student = build_pair(args, args.student_width, args.student_d_width)
     networks = {f"student_{name}": net for name, net in student.items()}
-    for name, net in teacher.items():  # of a teacher that is given, D alone is needed
-        if f"teacher_{name}" in records or (args.teacher_kimg and not checkpoint):
+    trains_teacher = args.teacher_kimg > 0 and not checkpoint
+    for name, net in teacher.items():  # of one that is given, what the file holds: D alone is needed
+        if trains_teacher or f"teacher_{name}" in records:
             networks[f"teacher_{name}"] = net
     models.load_networks(networks, records, out if checkpoint else "a file of --teacher or --student")
     for net in networks.values():
@@ -142,6 +143,7 @@ def train(args, checkpoint):
     step_images = args.batch_size * args.accumulate * world
     stage_steps = [math.ceil(getattr(args, budget) * 1000 / step_images) for budget in BUDGETS]
     stage_ends = list(itertools.accumulate(stage_steps))
+    stage_starts = [0, *stage_ends[:-1]]
     last_step = min(stage_ends[-1], args.max_steps or stage_ends[-1])
     eval_steps = math.ceil(args.eval_every * 1000 / step_images)
     ema_decay = 0.5 ** (step_images / max(1000 * args.ema_kimg, 1e-8))
@@ -170,19 +172,13 @@ def train(args, checkpoint):
         if rank == 0 and stage:
             models.save_generator(out / "student.pt", student["g_ema"])
 
-    for stage, (stage_start, stage_end) in enumerate(itertools.pairwise((0, *stage_ends))):
+    for stage, (stage_start, stage_end) in enumerate(zip(stage_starts, stage_ends, strict=True)):
         steps = range(max(first_step, stage_start) + 1, min(stage_end, last_step) + 1)
         if not steps:
             continue
         say(f"stage {stage}, {STAGES[stage]}: to step {stage_end}")
-        pair, teacher_D = student, teacher["d"]
-        if stage == 0:
-            pair = teacher
-        else:  # of the teacher, D and G's average are needed from here on
-            for name in teacher.keys() & {"g", "path"}:
-                networks.pop(f"teacher_{name}", None)
-                del teacher[name]
-            teacher_D.zero_grad()
+        pair = teacher if stage == 0 else student
+        teacher_D = teacher["d"]
         G, D, G_ema, path_length = pair["g"], pair["d"], pair["g_ema"], pair["path"]
         optimizer_G = lazy_adam(G, args.lr, args.path_every if args.path_weight else None)
         optimizer_D = lazy_adam(D, args.lr, args.r1_every if args.r1_gamma else None)
@@ -193,6 +189,8 @@ def train(args, checkpoint):
         models.defer_signals()
         pace.restart(steps[0] - 1)
         for step in steps:
+            stage_step = step - 1 - stage_start  # from 0
+
             # Discriminator: E[ softplus(-D(y)) ] + E[ softplus(D(G(z))) ]
             reals = [to_device(next(batches)) for _ in range(args.accumulate)]
             D.requires_grad_(True)
@@ -207,7 +205,7 @@ def train(args, checkpoint):
             finish_step(optimizer_D)
 
             # R1: gamma / 2 E[ |grad_y D(y)|^2 ], times the steps that it stands for; in float32
-            if args.r1_gamma and (step - 1 - stage_start) % args.r1_every == 0:
+            if args.r1_gamma and stage_step % args.r1_every == 0:
                 optimizer_D.zero_grad()
                 for real in reals:
                     real.requires_grad_(True)
@@ -233,7 +231,7 @@ def train(args, checkpoint):
             finish_step(optimizer_G)
 
             # Path length: E[ (|J_w^T y| - a)^2 ] on half a batch, a being the running mean of the lengths
-            if args.path_weight and (step - 1 - stage_start) % args.path_every == 0:
+            if args.path_weight and stage_step % args.path_every == 0:
                 optimizer_G.zero_grad()
                 for _ in range(args.accumulate):
                     with autocast():
@@ -253,15 +251,17 @@ def train(args, checkpoint):
                 meter = LossMeter()
 
             # Samples, of the student and of a teacher whose generator is known
-            shown = dict(student=student["g_ema"]) if stage else {}
+            generators = {}
             if "teacher_g_ema" in networks:
-                shown = dict(teacher=teacher["g_ema"]) | shown
+                generators["teacher"] = teacher["g_ema"]
+            if stage > 0:
+                generators["student"] = student["g_ema"]
             if rank == 0 and args.sample_every and (step % args.sample_every == 0 or stage_over or last):
-                save_samples(out / f"samples/stage{stage}_{step:07d}.png", shown, args.seed)
+                save_samples(out / f"samples/stage{stage}_{step:07d}.png", generators, args.seed)
 
             # Save, and stop if a signal asks for it
             stop_signal = models.stop_asked()
-            due = inception and (step % eval_steps == 0 or stage_over or last)
+            due = inception is not None and (step % eval_steps == 0 or stage_over or last)
             if rank == 0 and stage_over:
                 name = BUDGETS[stage].removesuffix("_kimg")
                 models.save_pair(out / f"{name}.pt", pair)
@@ -272,10 +272,10 @@ def train(args, checkpoint):
 
             # Evaluate; a teacher that no longer learns is measured once
             if due:
-                if stage and "fid_teacher" in scores:
-                    shown.pop("teacher", None)
+                if stage > 0 and "fid_teacher" in scores:
+                    generators.pop("teacher", None)
                 with models.interruptible():
-                    scores = scores | evaluate(shown, images, inception, to_device, args)
+                    scores = scores | evaluate(generators, images, inception, to_device, args)
                 models.log(args, dict(step=step, evaluation=True) | scores)
                 if scores.get("fid_student", math.inf) < best:
                     best = scores["fid_student"]
