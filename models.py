@@ -1473,14 +1473,6 @@ def broadcast_weights(networks):
                 dist.broadcast(tensor, 0)
 
 
-def broadcast_buffers(networks):
-    """Gives every process rank 0's running statistics and spectral vectors, which each has moved by its own batch."""
-    if processes()[1] > 1:
-        for net in networks:
-            for buffer in net.buffers():
-                dist.broadcast(buffer, 0)
-
-
 def start_processes(device, amp):
     """Joins the process group that torchrun describes, if any, and tunes torch to the device -> (rank, processes).
 

@@ -173,6 +173,7 @@ def train(args, checkpoint):
     say(f"{out}: steps {first_step} to {last_step} of {stage_ends[-1]}, {step_images} images each, {world} x {device}")
 
     def save(step, stage):
+        models.broadcast_weights(networks.values())  # running statistics: an evaluation draws with rank 0's
         own = dict(losses=meter.state())
         record = dict(script=NAME, step=step, stage=stage, best=best, scores=scores)
         models.save_checkpoint(out / "checkpoint.pt", networks, optimizers, own, classes=classes, **record)
@@ -233,7 +234,6 @@ def train(args, checkpoint):
                 (loss_G / args.accumulate).backward()
             finish_step(optimizer_G)
             G.requires_grad_(False)
-            models.broadcast_buffers([G, D])
 
             # The moving average is a copy for the first steps of a pair; a student that is given has had them
             pair_step = step - 1 - (stage_ends[0] if stage else 0)
