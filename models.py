@@ -82,17 +82,17 @@ def adapt_reference_keys(net, state_dict, prefix="", *_):
     before 2018), and residual blocks without the dropout slot, where the second convolution is layer 5 and not 6.
     """
     own = net.state_dict(prefix=prefix)
-    for key in list(state_dict):
-        if key.startswith("module.") and key not in own:
-            state_dict[key.removeprefix("module.")] = state_dict.pop(key)
-    if any(".conv_block.5." in key for key in state_dict):
-        for key in sorted((k for k in state_dict if re.search(r"\.conv_block\.[56]\.", k)), reverse=True):
-            state_dict[re.sub(r"\.conv_block\.([56])\.", lambda m: f".conv_block.{int(m[1]) + 1}.", key)] = (
-                state_dict.pop(key)
-            )
     statistics = ("running_mean", "running_var", "num_batches_tracked")
-    for key in [k for k in state_dict if k.startswith(prefix) and k.endswith(statistics) and k not in own]:
-        del state_dict[key]
+    no_dropout = any(".conv_block.5." in key for key in state_dict)
+    adapted = {}
+    for key, value in state_dict.items():
+        name = key if key in own else key.removeprefix("module.")
+        if no_dropout:
+            name = re.sub(r"(?<=\.conv_block\.)[56](?=\.)", lambda match: str(int(match[0]) + 1), name)
+        if name in own or not (name.startswith(prefix) and name.endswith(statistics)):
+            adapted[name] = value
+    state_dict.clear()
+    state_dict.update(adapted)
 
 
 class SeparableConv(nn.Module):
