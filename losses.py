@@ -80,10 +80,9 @@ class DCDLoss(nn.Module):
         The gradient reaches the student's taps and connectors, not the teacher's. Raises ValueError for more or fewer
         taps than connectors, and for pairs of different N, H or W.
         """
-        connectors = zip(self.student_connectors, self.teacher_connectors, strict=True)
         loss = 0.0
-        for (student_connector, teacher_connector), student_tap, teacher_tap in zip(
-            connectors, student_taps, teacher_taps, strict=True
+        for student_connector, teacher_connector, student_tap, teacher_tap in zip(
+            self.student_connectors, self.teacher_connectors, student_taps, teacher_taps, strict=True
         ):
             if (len(student_tap), student_tap.shape[2:]) != (len(teacher_tap), teacher_tap.shape[2:]):
                 raise ValueError(f"taps of shapes {tuple(student_tap.shape)} and {tuple(teacher_tap.shape)}")
