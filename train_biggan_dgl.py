@@ -436,7 +436,8 @@ def write_toy_dataset(folder, size=32, count=100):
             radius, turn = rng.uniform(0.25, 0.36) * scale, rng.uniform(-15, 15)
             draw.regular_polygon((x, y, radius), n, turn, fill=tuple(colour.tolist()))
             if name == "moon":
-                draw.circle((x + 0.6 * radius, y), 0.9 * radius, fill=ground)
+                box = (x - 0.3 * radius, y - 0.9 * radius, x + 1.5 * radius, y + 0.9 * radius)
+                draw.ellipse(box, fill=ground)
             image.resize((size, size), Image.Resampling.LANCZOS).save(folder / name / f"{i:03d}.png")
 
 
