@@ -171,7 +171,8 @@ def feature_stats(parts):
     for part in parts:
         x = part.detach().double()
         n, total, products = n + len(x), total + x.sum(dim=0), products + x.T @ x
-    n, total, products = map(sum, zip(*gather((n, total.cpu(), products.cpu())), strict=True))
+    shares = gather((n, total.cpu(), products.cpu()))
+    n, total, products = (sum(column) for column in zip(*shares, strict=True))
     mean = total / n
     scatter = products - torch.outer(total, mean)  # sum of (x - mean) (x - mean)^T
     return FeatureStats(n, mean.numpy(), (scatter / max(n - 1, 1)).numpy())

@@ -695,7 +695,7 @@ def test_dgl_objective(name, data, finished):
 
 
 def test_accumulated_gradients_are_one_batchs(data, tmp_path, monkeypatch, batches):
-    """Of D, R1, G and the path length, over two micro-batches; with lr 0 the networks stay."""
+    """Of D, R1 and G over two micro-batches, and the mean of their path penalties; with lr 0 the networks stay."""
     options = "--lr 0 --max-steps 1 --accumulate 2 --teacher-kimg 0 --stage2-kimg 0 --style-mixing 0"
     z, noise, states = [], [], []
     mapping, randn_like = StyleGAN2Generator.mapping, torch.randn_like
