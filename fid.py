@@ -62,23 +62,21 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
     tr((S1 S2)^(1/2)) is the sum of the singular values of L1^T L2 for any L with S = L L^T: real, the same both ways,
     and without the roots of a product's eigenvalues, which near 0 are nothing but rounding.
-    Raises InputError for shapes that do not match and for values that are not finite.
+    Raises InputError for shapes that do not match, ValueError for values that are not finite.
     """
     mu1, sigma1, mu2, sigma2 = (np.asarray(array, dtype=np.float64) for array in (mu1, sigma1, mu2, sigma2))
     if mu1.ndim != 1 or mu1.shape != mu2.shape or not sigma1.shape == sigma2.shape == 2 * mu1.shape:
         shapes = f"means {mu1.shape} and {mu2.shape}, covariances {sigma1.shape} and {sigma2.shape}"
         raise InputError(f"{shapes}: both need features of the same width")
-    if not all(np.isfinite(array).all() for array in (mu1, sigma1, mu2, sigma2)):
-        raise InputError("a mean or covariance holds NaN or infinity")
     L1, L2 = root(sigma1), root(sigma2)
-    overlap = scipy.linalg.svdvals(L1.T @ L2, check_finite=False).sum()
+    overlap = scipy.linalg.svdvals(L1.T @ L2).sum()
     distance = np.sum((mu1 - mu2) ** 2) + np.trace(sigma1) + np.trace(sigma2) - 2 * overlap
     return max(0.0, float(distance))
 
 
 def root(sigma):
     """Return L (D, rank) with L L^T = sigma, symmetric (D, D), whose eigenvalues of 0 to rounding drop out."""
-    w, V = scipy.linalg.eigh(sigma, driver="evd", check_finite=False)
+    w, V = scipy.linalg.eigh(sigma, driver="evd")
     kept = w > w[-1] * len(w) * np.finfo(np.float64).eps
     return V[:, kept] * np.sqrt(w[kept])
 
@@ -135,27 +133,24 @@ def inception_score(logits, splits=10):
 class FeatureStats(typing.NamedTuple):
     """What the Fréchet distance needs of a set of features: mean (D,) and cov (D, D), divisor n - 1, of n images.
 
-    Both are float64 arrays. n is None if a file does not say.
+    Both are float64 arrays. n is 0 if a file does not say.
     """
 
-    n: int | None
+    n: int
     mean: np.ndarray
     cov: np.ndarray
 
     def save(self, path):
         """Write .npz with mu and sigma, the format of pytorch-fid, and n; a crash leaves no half a file."""
-        arrays = {"mu": self.mean, "sigma": self.cov}
-        if self.n is not None:
-            arrays["n"] = self.n
         with part_of(path) as part, open(part, "wb") as file:
-            np.savez(file, **arrays)
+            np.savez(file, mu=self.mean, sigma=self.cov, n=self.n)
 
     @classmethod
     def load(cls, path):
         """Read an .npz with mu (D,), sigma (D, D) and, if there, n. Raises InputError for other files."""
         try:
             with np.load(path, allow_pickle=False) as file:
-                n = int(file["n"]) if "n" in file else None
+                n = int(file["n"]) if "n" in file else 0
                 return cls(n, file["mu"].astype(np.float64), file["sigma"].astype(np.float64))
         except Exception as error:  # numpy raises a different error for each way not to be such a file
             raise InputError(f"{path}: not an .npz of statistics, mu and sigma ({first_line(error)})") from error
@@ -298,18 +293,17 @@ def load_inception(weights="auto", device="cpu", option="--inception FILE"):
     weights: a path to pytorch-fid's weight file; "auto": that file from torch hub's cache, see fetch_weights, option
     too. Raises InputError if the file is missing, is no weight file, or does not fit.
     """
-    with torch.device("meta"):  # no time and no random numbers spent on weights that are replaced below
-        net = FIDInceptionV3()
+    net = FIDInceptionV3()
     path = weights
     if weights == "auto":
         path = fetch_weights(WEIGHTS_URL, option)
     try:
-        net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), assign=True)
+        net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # torch.load raises nearly anything on a file of another kind
         reason = first_line(error).split(". ")[0]  # torch goes on with advice to execute what is in the file
         problem = f"not the weights of the FID Inception ({reason})"
         raise InputError(f"{path}: {problem}: give pytorch-fid's file, or leave {option} out to download it") from error
-    net.float().eval().requires_grad_(False)
+    net.eval().requires_grad_(False)
     for module in list(net.modules()):
         if isinstance(module, blocks.BasicConv2d):
             module.conv, module.bn = fuse_conv_bn_eval(module.conv, module.bn), nn.Identity()
@@ -413,11 +407,7 @@ def to_rgb(image):
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         grey = np.asarray(image)
-        levels = (grey / 257 + 0.5).astype(np.uint8)
-        levels[grey == image.info.get("transparency", -1)] = 255
-        image = Image.fromarray(levels)
-    elif image.mode == "La":  # Pillow has no direct way
-        image = image.convert("LA")
+        image = Image.fromarray((grey / 257 + 0.5).astype(np.uint8))
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
@@ -430,21 +420,16 @@ def refuse_32_bits(image):
         raise InputError("its values have 32 bits and no known range: save it with 8 or 16 bits")
 
 
-def find_files(folder, above=()):
-    """Return the paths of all files below a folder; links are followed, but not in circles. As in models.py.
-
-    Without what starts with a dot, and without samples/ beside an args.json, which a training run wrote.
-    """
-    above = (*above, os.path.realpath(folder))
-    entries = {entry.name: entry for entry in os.scandir(folder) if not entry.name.startswith(".")}
-    if "args.json" in entries:
-        entries.pop("samples", None)
-    paths = []
-    for entry in entries.values():
-        if not entry.is_dir():
-            paths.append(entry.path)
-        elif os.path.realpath(entry.path) not in above:
-            paths += find_files(entry.path, above)
+def find_files(folder):
+    """Return the paths of all files below a folder; links are followed, but no folder is entered twice."""
+    paths, seen = [], set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        folders.sort()
+        if os.path.realpath(root) in seen:
+            folders.clear()
+        else:
+            seen.add(os.path.realpath(root))
+            paths += [os.path.join(root, name) for name in names]
     return paths
 
 
@@ -457,10 +442,10 @@ def open_archive(path, _process):
 class ImageFiles:
     """The images of a folder (see find_files) or of a .zip, in the order of their names.
 
-    `names` are relative to the source, `files[i]` is a PIL RGB image, see to_rgb; str(files) tells how many there are,
-    and how many files are none of EXTENSIONS, and left out. Picklable and safe in workers.
+    `names` are relative to the source, without what starts with a dot; `files[i]` is a PIL RGB image, see to_rgb;
+    str(files) tells how many there are, and how many files are none of EXTENSIONS. Picklable and safe in workers.
     size: pixels; if given, each image is resized to this square, bicubic, as the training scripts evaluate.
-    Raises InputError for a source that is neither folder nor .zip, or without images; on access for an image that is
+    Raises InputError for a source that is neither folder nor .zip, or has no images; on access for an image that is
     unreadable, truncated, of 32 bits, or larger than twice Image.MAX_IMAGE_PIXELS (found before it is decoded).
     """
 
@@ -468,26 +453,19 @@ class ImageFiles:
         self.source, self.size = os.fspath(source), size
         self.zipped = zipfile.is_zipfile(source)
         if self.zipped:
-            try:
-                names = open_archive(self.source, os.getpid()).namelist()
-            except zipfile.BadZipFile as error:
-                raise InputError(f"{source}: a damaged .zip ({first_line(error)})") from error
-            names = [name for name in names if "/." not in f"/{name}" and not name.endswith("/")]
+            names = open_archive(self.source, os.getpid()).namelist()
         elif os.path.isdir(source):
-            names = [os.path.relpath(path, source) for path in find_files(source)]
+            names = [os.path.relpath(path, source).replace(os.sep, "/") for path in find_files(source)]
         else:
-            found = "neither a folder nor a whole .zip" if os.path.exists(source) else "no such folder or .zip"
-            raise InputError(f"{source}: {found}")
+            raise InputError(f"{source}: no such folder, and no whole .zip")
+        names = [name for name in names if "/." not in f"/{name}" and not name.endswith("/")]
         self.names = sorted(name for name in names if name.lower().endswith(EXTENSIONS))
         self.others = len(names) - len(self.names)
         if not self.names:
-            raise InputError(
-                f"{source}: no images in it, files of other kinds: {self.others}; known: {' '.join(EXTENSIONS)}"
-            )
+            raise InputError(f"{source}: no images in it, {self.others} other files; known: {' '.join(EXTENSIONS)}")
 
     def __str__(self):
-        left_out = f", files of other kinds left out: {self.others}" if self.others else ""
-        return f"{self.source}: {len(self)} images{left_out}"
+        return f"{self.source}: {len(self)} images, {self.others} other files"
 
     def __len__(self):
         return len(self.names)
@@ -635,36 +613,28 @@ def parse_args(argv):
         parser.error("B is missing: give a second set of images or statistics, --save FILE.npz, or --is")
     if args.save and not args.save.endswith(".npz"):
         parser.error(f"--save {args.save}: the name has to end in .npz")
-    if args.kid and (args.B is None or args.A.endswith(".npz") or args.B.endswith(".npz")):
+    images = [source for source in (args.A, args.B) if source and not source.endswith(".npz")]
+    if args.kid and len(images) < 2:
         parser.error("--kid needs the images of both sets: give folders or .zip files")
-    if args.score and args.A.endswith(".npz"):
+    if args.score and args.A not in images:
         parser.error("--is needs the images of A: give a folder or .zip file")
-    if args.batch_size < 1 or args.workers < 0 or (args.size is not None and args.size < 1):
-        parser.error("--batch-size and --size have to be 1 or more, --workers 0 or more")
     return args, parser
 
 
 def run(args, device):
     """Measure, save and print what the parsed arguments ask for, as one of torch.distributed's processes."""
-    # Open both sets, and count, before either is measured
+    # Open both sets before either is measured
     rank = processes()[0]
     sources = [source for source in (args.A, args.B) if source is not None]
     stats, files, kept = {}, {}, {}
     for source in sources:
         if source.endswith(".npz"):
             stats[source] = FeatureStats.load(source)
-            n = stats[source].n
-        else:
-            files[source] = ImageFiles(source, args.size)
-            files[source].check()
-            n = len(files[source])
-        needed = 10 if args.score and source == args.A else 2
-        if n is not None and n < needed:
-            raise InputError(f"{source}: {n} images, needed are {needed} or more (FID 2, --is 10)")
-    for source in stats:
-        shapes = stats[source].mean.shape, stats[source].cov.shape
-        if files and shapes != ((WIDTH,), (WIDTH, WIDTH)):
-            raise InputError(f"{source}: mu and sigma of shapes {shapes}, expected statistics of {WIDTH} features")
+            continue
+        files[source] = ImageFiles(source, args.size)
+        files[source].check()
+        if len(files[source]) < 2:
+            raise InputError(f"{source}: one image, a covariance needs two or more")
 
     # Measure
     keep = []
@@ -716,7 +686,7 @@ def main(argv=None):
         run(args, device)
         if parallel:
             dist.destroy_process_group()
-    except (InputError, OSError) as error:
+    except (ValueError, OSError) as error:  # InputError is a ValueError
         last_line = str(error).strip().splitlines()[-1]
         parser.error(last_line.rpartition("InputError: ")[2])  # one from a worker has its traceback before the message
 

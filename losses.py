@@ -4,7 +4,7 @@
     generator_loss, discriminator_loss          adversarial: least squares, hinge, logistic
     PerceptualLoss                              DCD's style and feature terms, in VGG16
     r1_penalty, PathLengthPenalty               StyleGAN2 (arXiv 1912.04958)
-    take_step, update_ema, LossMeter            one update, on any number of processes
+    take_step, update_ema, Meter            one update, on any number of processes
 
 DGL-GAN's objective (arXiv 2112.06502) is two generator losses: generator_loss(D_S(fake), mode) + lambda_dgl *
 generator_loss(D_T(fake), mode). Differences and means are taken in float32, also under autocast.
@@ -286,7 +286,7 @@ def update_ema(ema, net, decay, buffers=False):
     torch._foreach_lerp_(list(averages.values()), list(values.values()), 1 - decay)
 
 
-class LossMeter:
+class Meter:
     """Running means of named losses, for the log; the sums stay on the device until they are read."""
 
     def __init__(self, sums=()):
@@ -298,7 +298,7 @@ class LossMeter:
             self.sums[name] = total + loss.detach(), count + 1
 
     def state(self):
-        """The sums as plain numbers: LossMeter(state) goes on from them."""
+        """The sums as plain numbers: Meter(state) goes on from them."""
         return {name: (float(total), count) for name, (total, count) in self.sums.items()}
 
     def means(self):

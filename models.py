@@ -31,7 +31,6 @@ import sys
 import textwrap
 import time
 import warnings
-import zipfile
 from datetime import timedelta
 from pathlib import Path
 
@@ -672,7 +671,7 @@ class SelfAttention(nn.Module):
     def __init__(self, channels, eps):
         super().__init__()
         if channels < 8:
-            raise ValueError(f"attention needs 8 channels or more, found {channels}: raise ch, or attention=None")
+            raise InputError(f"attention needs 8 channels or more, found {channels}: raise ch, or give no attention")
         self.theta = SpectralLayer(channels // 8, channels, 1, 1, bias=False, eps=eps)
         self.phi = SpectralLayer(channels // 8, channels, 1, 1, bias=False, eps=eps)
         self.g = SpectralLayer(channels // 2, channels, 1, 1, bias=False, eps=eps)
@@ -778,7 +777,7 @@ class BigGANGenerator(nn.Module):
         attention: side of the maps that an attention layer reads; none for a side that no block has, and for None.
         sn_eps: epsilon of the spectral norm: 1e-6 for ImageNet, 1e-8 for CIFAR in the released scripts.
 
-    Raises ValueError for another size, and for hierarchical without a shared embedding to join the chunks to.
+    Raises ValueError for another size, InputError for hierarchical without a shared embedding to join the chunks to.
     """
 
     def __init__(
@@ -788,7 +787,7 @@ class BigGANGenerator(nn.Module):
         self.config = dict(size=size, ch=ch, n_classes=n_classes, dim_z=dim_z, shared_dim=shared_dim)
         self.config |= dict(hierarchical=hierarchical, attention=attention, sn_eps=sn_eps)
         if hierarchical and not shared_dim:
-            raise ValueError("hierarchical needs a shared embedding: give shared_dim, or hierarchical=False")
+            raise InputError("hierarchical needs a shared embedding: give its length, or do without")
         (start, *widths), _ = biggan_channels(size, ch)
         self.n_chunks = len(widths) + 1 if hierarchical else 1
         chunk = dim_z // self.n_chunks
@@ -895,15 +894,8 @@ def load_file(path):
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of old pickles, which are then read or refused
+        with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-        if zipfile.is_zipfile(path):  # torch does not look at the check sums
-            with zipfile.ZipFile(path) as file:
-                if file.testzip():
-                    raise InputError("its check sums are wrong")
-    except MemoryError:
-        raise
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it asks for {found[1]}, and only plain tensors are loaded" if found else "damaged, or something else"
@@ -944,22 +936,10 @@ def load_weights(net, record, source):
                 raise InputError(f"{source}: no {name} can be built of {config} ({error})") from error
             net.train(training)
         record = record["state_dict"]
-    if not isinstance(record, dict) or not all(isinstance(value, torch.Tensor) for value in record.values()):
-        found = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
-        found = textwrap.shorten(found, 100)
-        raise InputError(
-            f"{source}: expected names of weights to tensors, or such an entry 'state_dict', found {found}"
-        )
-    if name in ("ResnetGenerator", "UnetGenerator", "PatchDiscriminator") and net.config["norm"] == "instance":
-        statistics = [key.removesuffix("running_var") for key in record if key.endswith("running_var")]
-        if any(f"{key}weight" in record for key in statistics):
-            raise InputError(
-                f"{source}: has batch norm, ours have instance norm: train one here, or there with --norm instance"
-            )
     try:
         net.load_state_dict(record)
-    except RuntimeError as error:  # its first line is a heading, each further one names parameters
-        reason = textwrap.shorten(str(error).splitlines()[1], 200)
+    except (RuntimeError, TypeError) as error:  # the first one's lines are a heading, then what does not fit
+        reason = textwrap.shorten(str(error).partition("\n")[2] or str(error), 200)
         raise InputError(f"{source}: does not fit this {name}: {reason}") from error
 
 
@@ -973,14 +953,12 @@ def load_start(networks, teacher_names, args, checkpoint, script):
     """Gives networks the weights that a run starts with: the checkpoint's, or those of --teacher and --student.
 
     Each takes a file for each network, of the teacher in the order of teacher_names, or one checkpoint.pt of ours.
-    Returns the names of the networks that are trained. Raises InputError for more files than networks, for another
-    script's checkpoint, for a file of the other --direction, and for one that is missing, damaged or does not fit.
+    Raises InputError for more files than networks, for another script's checkpoint, for a file of the other
+    --direction, and for one that is missing, damaged or does not fit.
     """
     if checkpoint:
         load_networks(networks, checkpoint["networks"], args.out)
-        return set(networks)
-    trained = set()
-    back = dict(AtoB="BtoA", BtoA="AtoB")[args.direction]
+        return
     for paths, names in ((args.teacher or [], teacher_names), (args.student or [], ["student_G"])):
         if len(paths) > len(names):
             raise InputError(f"{len(paths)} files of weights, expected at most {len(names)}: {', '.join(names)}")
@@ -988,24 +966,19 @@ def load_start(networks, teacher_names, args, checkpoint, script):
         if len(files) == 1 and "networks" in files[0]:  # a checkpoint.pt has them all
             paths, files = paths * len(names), files * len(names)
         for name, path, file in zip(names, paths, files, strict=False):
-            record, direction = file, args.direction
-            if "script" in file:
-                check_script(file, script, path)
-            if "networks" in file:
-                record = file["networks"][name]
-            elif name == "teacher_F":
-                direction = back
-            if file.get("direction", direction) != direction:
-                raise InputError(f"{path}: translates {file['direction']}, expected {direction}; see --direction")
+            if file.get("script", script) != script:
+                raise InputError(f"{path}: a file of train_{file['script']}.py, expected one of train_{script}.py")
+            if file.get("direction", args.direction) != args.direction:
+                raise InputError(f"{path}: translates {file['direction']}, expected {args.direction}; see --direction")
+            record = file["networks"][name] if "networks" in file else file
             load_weights(networks[name], record, f"{path}, {name}")
-            trained.add(name)
-    return trained
 
 
-def read_given(args, script, network, shape):
+def read_given(args, network, shape):
     """Reads the pairs of a DGL script's --teacher and --student -> {"teacher_d": what load_networks takes, ..}.
 
-    Of a teacher D and G's average, of a student all. args take the files' shape: the options named in shape.
+    Of a teacher D and G's average, of a student all. args take the files' shape: the options named in shape. What an
+    NVIDIA pickle says is printed; its D is given clean images, its augment_pipe is not run.
     Raises InputError for a pair without a network that is needed, for another network than of classes whose names start
     with network, and for images of another --size.
     """
@@ -1015,7 +988,9 @@ def read_given(args, script, network, shape):
         paths = getattr(args, role)
         if not paths:
             continue
-        source, pair = " ".join(paths), read_pair(paths, role, script)
+        source, pair = " ".join(paths), read_pair(paths)
+        for note in pair.get("notes", ()):
+            say(f"{source}: {note}")
         for name in ("d",) if role == "teacher" else ("g", "d", "g_ema"):
             if name not in pair:
                 raise InputError(f"{source}: has no {name!r}, expected the networks g, d and g_ema")
@@ -1031,41 +1006,24 @@ def read_given(args, script, network, shape):
     return records
 
 
-def read_pair(paths, role, script):
+def read_pair(paths):
     """Reads a trained generator and discriminator -> {"g", "d", "g_ema": what load_weights takes}, those there are, and
-    what else the file says: of a BigGAN of ours "classes", the names of its classes.
+    what else the file says: of a BigGAN of ours "classes", the names of its classes; of NVIDIA's see load_nvidia.
 
-    Args:
-        paths: one file, {g, d, g_ema} of the community's or of save_pair, NVIDIA's, or a checkpoint.pt of the script;
-            or bare state dicts of D and of G_ema, a file each.
-        role: "teacher" or "student", whose networks are meant in a checkpoint.pt.
-
-    What an NVIDIA pickle says is printed. Its D is given clean images: its augment_pipe is not run.
+    paths: one file, {g, d, g_ema} of the community's or of save_pair, NVIDIA's, or a generator alone of save_generator,
+    which counts as g_ema; or bare state dicts of D and of G_ema, a file each.
     """
     if is_nvidia_pickle(paths[0]):
         content = load_nvidia(paths[0])
-        for note in content["notes"]:
-            say(f"{paths[0]}: {note}")
-        if content["augment_p"]:
-            say(f"{paths[0]}: D learnt from augmented images (p = {content['augment_p']:.3g}), it is given clean ones")
-        if content["mirror"]:
-            say(f"{paths[0]}: trained on mirrored images too, use --mirror")
-        return {name: pack(content[name]) for name in ("g", "d", "g_ema") if content[name]}
+        return content | {name: pack(content[name]) for name in ("g", "d", "g_ema") if name in content}
     contents = [load_file(path) for path in paths]
-    if "network" in contents[0]:
-        raise InputError(f"{paths[0]}: a generator alone, expected a file with its discriminator: stage1.pt, stage2.pt")
-    if len(paths) > 1 or not {"networks", "g", "d", "g_ema"} & contents[0].keys():
-        if len(paths) > 2:
-            raise InputError(f"{' '.join(paths)}: expected D [G_ema], or one file of both")
-        return dict(zip(("d", "g_ema"), contents, strict=False))
     content = contents[0]
-    if "networks" in content:
-        check_script(content, script, paths[0])
-        own = {name.removeprefix(f"{role}_"): record for name, record in content["networks"].items()}
-        return content | own
-    for name in {"g", "d", "g_ema"} & content.keys():
-        if not isinstance(content[name], dict):
-            raise InputError(f"{paths[0]}: its {name!r} is a {type(content[name]).__name__}, expected weights by name")
+    if "network" in content:
+        return content | dict(g_ema=content)
+    pair = {"g", "d", "g_ema"} & content.keys()
+    if len(contents) > 1 or not pair:
+        return dict(zip(("d", "g_ema"), contents, strict=False))
+    for name in pair:
         if "state_dict" not in content[name]:  # the community's
             content[name] = {"state_dict": content[name]} | stylegan2_config(content[name])
     return content
@@ -1103,35 +1061,23 @@ def save_generator(path, net, **facts):
 
 
 def load_generator(path, device="cpu"):
-    """Rebuilds a generator, in eval mode on device: of save_generator; G's average of a checkpoint.pt, of read_pair's
-    files, or of NVIDIA's.
+    """Rebuilds a generator, in eval mode on device: of save_generator, or G's average of one of read_pair's files.
 
     What the file says besides is in its attribute facts: script, size (pixels, of training), direction, classes.
     Raises InputError when the file is missing, damaged or something else.
     """
-    if is_nvidia_pickle(path):
-        facts = load_nvidia(path)
-        if facts["g_ema"] is None:
-            raise InputError(f"{path}: {'; '.join(facts['notes'])}")
-        record = pack(facts["g_ema"])
-    else:
-        facts = record = load_file(path)
-        if "networks" in facts:  # a checkpoint.pt: the student's, if its training has begun
-            names = ["student_G_ema", "student_G", "student_g_ema", "teacher_g_ema"]
-            if facts.get("stage") == 0:
-                names.reverse()
-            record = next((facts["networks"][name] for name in names if name in facts["networks"]), {})
-        elif "g_ema" in facts:
-            record = read_pair([path], "student", None).get("g_ema", {})
+    pair = read_pair([path])
+    record = pair.get("g_ema", {})
     classes = {cls.__name__: cls for cls in (ResnetGenerator, UnetGenerator, StyleGAN2Generator, BigGANGenerator)}
     if record.get("network") not in classes or not {"config", "state_dict"} <= record.keys():
-        raise InputError(f"{path}: not a file of save_generator; for a bare state dict build the network and load it")
+        found = "; ".join(pair.get("notes", ["a bare state dict is loaded into a network that you build"]))
+        raise InputError(f"{path}: holds no generator with its configuration ({found})")
     cls = classes[record["network"]]
     net = cls.__new__(cls)  # load_weights builds it
     load_weights(net, record, path)
-    net.facts = {name: facts[name] for name in ("script", "size", "direction", "classes") if name in facts}
-    if isinstance(facts.get("latent_avg"), torch.Tensor):
-        net.latent_avg = facts["latent_avg"].reshape(1, -1).to(device)
+    net.facts = {name: pair[name] for name in ("script", "size", "direction", "classes") if name in pair}
+    if isinstance(pair.get("latent_avg"), torch.Tensor):
+        net.latent_avg = pair["latent_avg"].reshape(1, -1).to(device)
     return net.to(device).eval()
 
 
@@ -1215,11 +1161,10 @@ def load_nvidia(path):
     Nothing that the file names is called, and no source text in it is run: see unpickle_nvidia.
 
     Returns a dict of
-        g, d, g_ema: our networks with the file's configuration and weights, in eval mode; None where one is refused;
+        g, d, g_ema: our networks with the file's configuration and weights, in eval mode, but for those refused;
         latent_avg: (1, style_dim), the centre of truncation of g_ema, or None;
-        augment_p: the probability, 0 to 1, with which D's images were augmented when training ended, or None;
-        mirror: whether the file says that half of the training images were mirrored;
-        notes: a line for each network, its configuration or why it is refused, and one for what had to be assumed.
+        notes: a line for each network, its configuration or why it is refused; one for what had to be assumed; and if
+            D's images were augmented, or mirrored, one for each.
 
     Raises InputError when the file is missing, damaged or asks for anything else, and when g_ema and d are refused.
     """
@@ -1306,36 +1251,37 @@ def read_numbers(dtype, data):
 
 
 def convert_nvidia(content):
-    """What unpickle_nvidia read -> what load_nvidia returns; InputError when G_ema and D are refused."""
-    networks, notes, refusals = dict.fromkeys(("G", "D", "G_ema")), [], []
+    """What unpickle_nvidia read -> what load_nvidia returns; InputError when both G_ema and D are refused."""
+    roles, networks, notes = ("G", "D", "G_ema"), {}, []
     if isinstance(content, tuple):
-        stored = {role: flatten_tensorflow(network) for role, network in zip(networks, content, strict=True)}
-        training = None
+        stored = {role: flatten_tensorflow(network) for role, network in zip(roles, content, strict=True)}
         unsaid = MBSTD_GROUP not in stored["D"]
     else:
-        names = [name for name in (*networks, "augment_pipe") if content.get(name)]
-        stored = {name: flatten_module(content[name]) for name in names}
+        stored = {role: flatten_module(content[role]) for role in roles if content.get(role)}
         training = content.get("training_set_kwargs")
+        augment = flatten_module(content["augment_pipe"]) if content.get("augment_pipe") else {}
+        if augment.get("p"):
+            p = augment["p"].item()
+            notes.append(f"D learnt from images augmented with probability {p:.3g}, it is given clean ones")
+        if training and training.get("xflip"):
+            notes.append("trained on mirrored images too, use --mirror")
         # A file that was converted from TensorFlow's has no training set, and None for groups that were left unsaid.
         unsaid = training is None and "D" in stored and stored["D"].get(MBSTD_GROUP, 4) is None
     if unsaid:
         stored["D"][MBSTD_GROUP] = 4
         notes.append("D: mbstd_group 4 is assumed, the original StyleGAN2's: the file does not say")
-    for role in networks:
+    for role in roles:
         try:
-            networks[role] = build_nvidia(role, stored.get(role, {}))
-            notes.append(f"{role}: " + ", ".join(f"{key} {value}" for key, value in networks[role].config.items()))
+            net = networks[role.lower()] = build_nvidia(role, stored.get(role, {}))
+            notes.append(f"{role}: " + ", ".join(f"{key} {value}" for key, value in net.config.items()))
         except ValueError as error:
-            refusals.append(textwrap.shorten(f"{role} refused: {error}", 300))
-    if networks["D"] is None and networks["G_ema"] is None:
-        raise InputError("; ".join(refusals) + "; give an unconditional StyleGAN2 of configuration e or f")
-    latent_avg = stored["G_ema"].get("mapping.w_avg") if networks["G_ema"] else None
-    if latent_avg is not None:
-        latent_avg = latent_avg.reshape(1, networks["G_ema"].style_dim).float()
-    augment_p = stored["augment_pipe"]["p"].item() if "augment_pipe" in stored else None
-    mirror = bool(training and training.get("xflip"))
-    facts = dict(latent_avg=latent_avg, augment_p=augment_p, mirror=mirror, notes=notes + refusals)
-    return {role.lower(): net for role, net in networks.items()} | facts
+            notes.append(textwrap.shorten(f"{role} refused: {error}", 300))
+    if not networks.keys() & {"d", "g_ema"}:
+        raise InputError("; ".join(notes) + "; give an unconditional StyleGAN2 of configuration e or f")
+    latent_avg = None
+    if "g_ema" in networks and "mapping.w_avg" in stored["G_ema"]:
+        latent_avg = stored["G_ema"]["mapping.w_avg"].reshape(1, networks["g_ema"].style_dim).float()
+    return networks | dict(latent_avg=latent_avg, notes=notes)
 
 
 def flatten_module(state, prefix=""):
@@ -1564,7 +1510,6 @@ def add_run_options(parser, unit, eval_every, auto):
     option, number = add_section(parser, "run")
     option("--out", metavar="FOLDER", help="where everything is written; runs/SCRIPT_DATA if it is not given")
     option("--resume", action="store_true", help="go on with the run in OUT, exactly; budgets may change")
-    option("--overwrite", action="store_true", help="replace the run in OUT")
     number("--seed", 0, "of all random numbers", minimum=0)
     option("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     option("--amp", choices=("auto", "bf16", "off"), default="auto", help=f"auto: TF32{auto}; off: true float32")
@@ -1578,28 +1523,29 @@ def add_run_options(parser, unit, eval_every, auto):
 
 
 # What may change when a run goes on, besides its budgets.
-FREE = "script data cache vgg inception out resume overwrite device workers max_steps".split()
+FREE = "script data cache vgg inception out resume device workers max_steps".split()
 FREE += "log_every sample_every save_every eval_every".split()
 
 
-def parse_run(parser, argv, name, toy, budgets, implied=()):
+def parse_run(parser, argv, name, toy, budgets):
     """Parses a script's arguments -> (arguments, checkpoint to go on from, or None).
 
     What the command line leaves out is, with --resume, as the run had it (OUT/args.json); otherwise with --toy as in
-    toy, and with each option of implied as that says. Raises InputError when --resume finds no run, or an option that
-    contradicts it and is neither FREE nor one of the budgets: of stages, those that are not over.
+    toy. Raises InputError when a run would be overwritten, when --resume finds none, or an option that contradicts it
+    and is neither FREE nor one of the budgets: of stages, those that are not over.
     """
     given = parser.parse_args(argv)
     source = Path(given.data).resolve().stem if given.data else "toy"
     out = Path(given.out or f"runs/{name}_{source}")
     defaults, checkpoint = {}, None
-    if given.resume and given.overwrite:
-        raise InputError("--resume goes on with the run in OUT, --overwrite replaces it: give one of them")
+    taken = [*out.glob("*.pt"), *out.glob("*.json*")]
+    if taken and not given.resume:
+        raise InputError(f"{taken[0]} exists: go on with --resume, or choose another --out")
     if given.resume:
         if not (out / "args.json").is_file():
             raise InputError(f"{out}: holds no run to go on with; leave out --resume to start one")
         try:
-            defaults = json.loads((out / "args.json").read_text()) | dict(max_steps=None, overwrite=False)
+            defaults = json.loads((out / "args.json").read_text()) | dict(max_steps=None)
         except (ValueError, TypeError) as error:
             raise InputError(f"{out}/args.json: damaged ({error}); put a copy back, or choose another --out") from error
         if defaults.get("script", name) != name:
@@ -1609,11 +1555,8 @@ def parse_run(parser, argv, name, toy, budgets, implied=()):
             budgets = budgets[checkpoint.get("stage", 0) :]
         else:
             say(f"{out}: no checkpoint yet, the run starts from its beginning")
-    else:
-        defaults = toy if given.toy else {}
-        for option, values in dict(implied).items():
-            if getattr(given, option):
-                defaults = defaults | values
+    elif given.toy:
+        defaults = toy
     parser.set_defaults(**defaults | dict(out=str(out), script=name))
     args = parser.parse_args(argv)
     if not (args.data or args.toy):
@@ -1637,39 +1580,13 @@ def data_folder(args, checkpoint, write_toy_dataset):
 
 # The folder of a run
 
-RUN_FILES = "checkpoint.pt student.pt best_student.pt teacher.pt stage1.pt stage2.pt log.jsonl summary.json".split()
-
-
-def check_output(args):
-    """Makes the output folder, on rank 0. InputError if it holds a run, and for anything that the new one would lose:
-    files of its names, with --overwrite the networks that it is given.
-    """
-    out = Path(args.out)
-    if processes()[0] > 0:
-        return
-    if (out / "args.json").exists():
-        if not (args.resume or args.overwrite):
-            raise InputError(f"{out}: holds a run; go on with --resume, replace it with --overwrite, or choose --out")
-    elif out.is_dir():
-        for path in map(out.joinpath, [*RUN_FILES, "samples"]):
-            if path.exists():
-                raise InputError(f"{path}: is no run's, and would be overwritten; choose another --out")
-    for path in [*(args.teacher or []), *(args.student or [])]:
-        if args.overwrite and Path(path).resolve().parent == out.resolve():
-            raise InputError(f"{path}: lies in {out}, which --overwrite empties; choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
-
 
 def open_output(args, step):
-    """On rank 0, drops what a replaced run left, and of a log what is later than step; writes args.json."""
+    """On rank 0, makes the folder of a run and writes args.json; drops of a log what is later than step."""
     if processes()[0] > 0:
         return
     out = Path(args.out)
-    (out / "samples").mkdir(exist_ok=True)
-    if args.overwrite:
-        samples = [path for path in out.glob("samples/*.png") if re.fullmatch(r"(stage\d_)?\d{7}", path.stem)]
-        for path in (*samples, *map(out.joinpath, RUN_FILES)):
-            path.unlink(missing_ok=True)
+    (out / "samples").mkdir(parents=True, exist_ok=True)
     if args.resume and (out / "log.jsonl").exists():
         lines = [line for line in (out / "log.jsonl").read_text().splitlines() if line.endswith("}")]
         kept = [line + "\n" for line in lines if json.loads(line).get("step", 0) <= step]
@@ -1740,13 +1657,6 @@ def save_checkpoint(path, networks, optimizers, own, **content):
             if not value.isfinite().all():
                 raise SystemExit(f"error: diverged, {name} {key} is not finite; the last checkpoint stays: {path}")
     write_atomically(path, lambda file: torch.save(content, file))
-
-
-def check_script(content, script, path):
-    """InputError unless what path holds was written by that script."""
-    if content.get("script") != script:
-        found = f"a file of train_{content['script']}.py" if "script" in content else "no file of a run"
-        raise InputError(f"{path}: {found}, expected one of train_{script}.py")
 
 
 def restore(checkpoint, networks, optimizers):
@@ -1881,33 +1791,11 @@ def to_rgb(image):
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         grey = np.asarray(image)
-        levels = (grey / 257 + 0.5).astype(np.uint8)
-        levels[grey == image.info.get("transparency", -1)] = 255
-        image = Image.fromarray(levels)
-    elif image.mode == "La":  # Pillow has no direct way
-        image = image.convert("LA")
+        image = Image.fromarray((grey / 257 + 0.5).astype(np.uint8))
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
     return image.convert("RGB")
-
-
-def find_files(folder, above=()):
-    """The paths of all files below a folder; links are followed, but not in circles. As in fid.py.
-
-    Without what starts with a dot, and without samples/ beside an args.json, which a training run wrote.
-    """
-    above = (*above, os.path.realpath(folder))
-    entries = {entry.name: entry for entry in os.scandir(folder) if not entry.name.startswith(".")}
-    if "args.json" in entries:
-        entries.pop("samples", None)
-    paths = []
-    for entry in entries.values():
-        if not entry.is_dir():
-            paths.append(entry.path)
-        elif os.path.realpath(entry.path) not in above:
-            paths += find_files(entry.path, above)
-    return paths
 
 
 def save_grid(path, blocks, columns=1):
@@ -1959,8 +1847,6 @@ def translate_folder(net, source, target, size=None, pairs=False):
     Pictures that cannot be read are skipped, with a line on stderr. Raises InputError if that is all of them, and
     before the first is translated if anything would be overwritten.
     """
-    if pairs and net.facts.get("script", "pix2pix_dcd") != "pix2pix_dcd":
-        raise InputError("--pairs: this network is not Pix2Pix's, its pictures are whole")
     places = plan_translations(Path(source), Path(target))
     size = net.facts.get("size", 0) if size is None else size
     print(f"shorter sides of {size} pixels; --size 0: as they are" if size else "pictures keep their size; see --size")
@@ -1976,43 +1862,36 @@ def translate_folder(net, source, target, size=None, pairs=False):
             if size:
                 scale = size / min(image.size)
                 image = image.resize([round(scale * side) for side in image.size], Image.Resampling.BICUBIC)
-        except Exception as error:  # Pillow's decoders raise nearly anything on what is no picture
+            image = translate(net, image)
+        except Exception as error:  # Pillow's decoders raise nearly anything on what is no picture; memory can run out
             problem = f"{path}: {' '.join(str(error).split())}"
             if len(places) == 1:
                 raise InputError(problem) from error
             print(f"skipped {problem}", file=sys.stderr)
             continue
-        try:
-            image = translate(net, image)
-        except RuntimeError as error:  # out of memory
-            problem = f"{path}: fails with {image.width}x{image.height} pixels, give a smaller --size"
-            raise InputError(f"{problem} ({str(error).splitlines()[0]})") from error
         place.parent.mkdir(parents=True, exist_ok=True)
         image.save(place)
         print(place)
         count += 1
     if not count:
-        raise InputError(f"{source}: none of its {len(places)} files is a picture that can be read")
-    print(f"{count} pictures translated into {target}, {len(places) - count} files skipped")
+        raise InputError(f"{source}: none of its {len(places)} pictures can be read")
+    print(f"{count} pictures translated into {target}, {len(places) - count} skipped")
 
 
 def plan_translations(source, target):
-    """{the PNG to be written: the file that it comes from}; InputError where one of the first exists."""
-    if source.is_dir():
-        root, paths = source, [Path(path) for path in find_files(source)]
-    elif source.is_file() and source.suffix.lower() != ".zip":
-        root, paths = source.parent, [source]
-    else:
-        raise InputError(f"{source}: no picture and no folder of pictures; unpack a .zip first")
-    paths = [path for path in paths if target.resolve() not in path.resolve().parents]  # of an earlier call
-    if not paths:
-        raise InputError(f"{target}: holds the pictures themselves; choose another folder")
+    """{the PNG to be written: the picture that it comes from}; InputError where one exists, or has two of those."""
     known = Image.registered_extensions()
+    root, paths = source, [path for path in source.rglob("[!.]*") if path.suffix.lower() in known]
+    if source.is_file():
+        root, paths = source.parent, [source]
+    paths = [path for path in paths if target not in path.parents]  # of an earlier call
+    if not paths:
+        raise InputError(f"{source}: no picture, and no folder of pictures outside {target}")
     places = {}
-    for path in sorted(paths, key=lambda path: (path.suffix.lower() not in known, path)):  # pictures choose first
+    for path in sorted(paths):
         place = (target / path.relative_to(root)).with_suffix(".png")
-        while place in places:  # of a.jpg, this is a.gif
-            place = place.with_name(f"{place.stem}_{path.suffix[1:]}.png")
+        if place in places:
+            raise InputError(f"{places[place]} and {path} would both be {place}: rename one")
         if place.exists():
             raise InputError(f"{place} exists: choose another folder, or empty this one")
         places[place] = path
@@ -2125,7 +2004,7 @@ def print_costs(device):
 def parse_args(argv):
     parser = run_parser(__doc__)
     option, number = add_section(parser, "using a generator")
-    option("generator", nargs="?", metavar="student.pt", help="a generator or checkpoint; without: the table of costs")
+    option("generator", nargs="?", metavar="student.pt", help="a generator; without: the table of costs")
     option("paths", nargs="*", metavar="PATH", help="a picture or a folder, and the folder for their translations")
     option("--size", type=at_least(0), help="pixels of the shorter side; 0: native, of which 12 megapixels take 4.3 GB")
     option("--pairs", action="store_true", help="translate the input half of pictures that are pairs (Pix2Pix's)")

@@ -33,7 +33,7 @@ from torch.utils.data import Dataset
 import fid
 import models
 from fid import ImageFiles, StoredSquares, frechet_distance, generated_stats, kept_stats
-from losses import LossMeter, discriminator_loss, finish_step, generator_loss, update_ema
+from losses import Meter, discriminator_loss, finish_step, generator_loss, update_ema
 from models import BigGANDiscriminator, BigGANGenerator, InputError, init_biggan, processes, say
 
 NAME = "biggan_dgl"
@@ -55,8 +55,8 @@ def parse_args(argv):
     option("--cache", metavar="FOLDER", help="where the resized images are kept, 3 SIZE^2 bytes each; OUT")
     option("--toy", action="store_true", help="small networks; without --data synthetic pictures, four shapes")
     option, number = models.add_section(parser, "networks; files of ours keep their own sizes and widths")
-    option("--teacher", nargs="+", metavar="FILE", help="trained D [G_ema], or our teacher.pt or checkpoint.pt")
-    option("--student", nargs=1, metavar="FILE", help="a stage1.pt, stage2.pt or checkpoint.pt of ours to start from")
+    option("--teacher", nargs="+", metavar="FILE", help="trained D [G_ema], or a teacher.pt of ours")
+    option("--student", nargs=1, metavar="FILE", help="a stage1.pt or stage2.pt of ours to start from")
     number("--teacher-ch", 96, "channel multiplier of the teacher's networks")
     number("--student-ch", 48, "channel multiplier of the student's generator")
     number("--student-d-ch", 96, "channel multiplier of the student's discriminator")
@@ -84,18 +84,15 @@ def parse_args(argv):
     models.add_run_options(parser, unit="thousand images", eval_every=2000, auto=", and bf16 where the device has it")
     parser.set_defaults(log_every=10, sample_every=250, save_every=100)  # a step has 2048 images
 
-    implied = dict(teacher=dict(teacher_kimg=0.0), student=dict(stage1_kimg=0.0))  # what is given need not be trained
-    args, checkpoint = models.parse_run(parser, argv, NAME, TOY, BUDGETS, implied)
+    args, checkpoint = models.parse_run(parser, argv, NAME, TOY, BUDGETS)
+    if args.teacher:  # what is given is trained already
+        args.teacher_kimg = 0.0
+    if args.student:
+        args.stage1_kimg = 0.0
     if not (args.teacher_kimg or args.stage1_kimg or args.stage2_kimg):
         raise InputError("--teacher-kimg, --stage1-kimg and --stage2-kimg are all 0: nothing to train")
-    if args.teacher and args.teacher_kimg:
-        raise InputError(f"--teacher is trained already: leave out --teacher-kimg {args.teacher_kimg:g}")
     if args.stage2_kimg and not (args.teacher or args.teacher_kimg):
         raise InputError("stage 2 needs a teacher: give --teacher FILE or a --teacher-kimg, or --stage2-kimg 0")
-    if args.hierarchical and not args.shared_dim:
-        raise InputError("--hierarchical needs --shared-dim: without a shared embedding give --no-hierarchical")
-    if args.attention and min(args.teacher_ch, args.student_ch, args.student_d_ch) < 8:
-        raise InputError("--attention needs channel multipliers of 8 or more, or give --attention 0")
     return args, checkpoint
 
 
@@ -107,7 +104,6 @@ def train(args, checkpoint):
     device = fid.pick_device(args.device)
     rank, world = models.start_processes(device, args.amp)
     out = Path(args.out)
-    models.check_output(args)
     bf16 = args.amp == "bf16" or (args.amp == "auto" and models.has_bf16(device))
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
     layout = models.fast_layout(device)
@@ -122,13 +118,10 @@ def train(args, checkpoint):
         records = checkpoint["networks"]
         check_classes(checkpoint.get("classes"), classes, out)
     else:
-        records = models.read_given(args, NAME, "BigGAN", SHAPE)
+        records = models.read_given(args, "BigGAN", SHAPE)
         for role in ("teacher", "student"):
             if f"{role}_d" in records:
                 check_classes(records.get(f"{role}_classes"), classes, f"--{role}")
-                known = records[f"{role}_d"].get("config", {}).get("n_classes", len(classes))
-                if known != len(classes):
-                    raise InputError(f"--{role}: knows {known} classes, --data has {len(classes)}")
     args.size = args.size or 128
     torch.manual_seed(args.seed)
     teacher = build_pair(args, args.teacher_ch, args.teacher_ch, len(classes))
@@ -155,14 +148,14 @@ def train(args, checkpoint):
     last_step = min(stage_ends[-1], args.max_steps or stage_ends[-1])
     eval_steps = math.ceil(args.eval_every * 1000 / step_images)
     optimizers, first_step, best, scores = {}, 0, math.inf, {}
-    meter, pace = LossMeter(), models.Pace(step_images, last_step)
+    meter, pace = Meter(), models.Pace(step_images, last_step)
 
     # Resume
     torch.manual_seed(args.seed + rank)
     if checkpoint:
         own = models.restore(checkpoint, networks, {})
         first_step, best, scores = checkpoint["step"], checkpoint["best"], checkpoint["scores"]
-        meter = LossMeter(own["losses"])
+        meter = Meter(own["losses"])
         if first_step > stage_ends[checkpoint["stage"]]:
             raise InputError(f"{out}: stage {checkpoint['stage']} has been longer than that already")
     images = StoredSquares(files, args.size, args.cache or out, say, args.workers, Image.Resampling.BILINEAR)
@@ -245,7 +238,7 @@ def train(args, checkpoint):
             if step % args.log_every == 0 or stage_over or last:
                 entry = dict(step=step, stage=stage, kimg=step * step_images / 1000, images=step * step_images)
                 models.log(args, entry | pace.read(step) | meter.means())
-                meter = LossMeter()
+                meter = Meter()
 
             # Samples, of the student and of a teacher whose generator is known
             generators = {}
@@ -374,7 +367,7 @@ def open_data(args, checkpoint):
 
 def find_classes(files):
     """The names of the class folders in sorted order, and the class of each image: its first folder's number."""
-    parts = [name.replace("\\", "/").split("/") for name in files.names]
+    parts = [name.split("/") for name in files.names]
     while files.zipped and len({part[0] for part in parts}) == 1 and min(map(len, parts)) > 2:
         parts = [part[1:] for part in parts]  # a folder around all of the .zip
     if min(map(len, parts)) < 2:

@@ -25,16 +25,7 @@ from torch.utils.data import Dataset
 import fid
 import models
 from fid import ImageFiles, frechet_distance, gather, generated_stats
-from losses import (
-    DCDLoss,
-    LossMeter,
-    PerceptualLoss,
-    PixelLoss,
-    discriminator_loss,
-    generator_loss,
-    take_step,
-    update_ema,
-)
+from losses import DCDLoss, Meter, PerceptualLoss, PixelLoss, discriminator_loss, generator_loss, take_step, update_ema
 from models import InputError, PatchDiscriminator, ResnetGenerator, at_least, init_weights, say
 
 NAME = "cyclegan_dcd"
@@ -104,7 +95,6 @@ def train(args, checkpoint):
     if args.toy:
         torch.set_num_threads(1)  # its maps are so small that two threads wait for each other
     out = Path(args.out)
-    models.check_output(args)
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=args.amp == "bf16")
     layout = models.fast_layout(device)
 
@@ -125,9 +115,7 @@ def train(args, checkpoint):
     teacher = dict(teacher_G=teacher_G, teacher_F=teacher_F, teacher_D=teacher_D, teacher_D_A=teacher_D_A)
     networks = teacher | dict(student_G=student_G)
     # Weights from files, which can change widths: so this comes before what is built to fit the networks
-    trained = models.load_start(networks, [*teacher], args, checkpoint, NAME)
-    if args.d_fakes == "none" and "teacher_D" not in trained:
-        raise InputError("--d-fakes none: --teacher needs its trained D too")
+    models.load_start(networks, [*teacher], args, checkpoint, NAME)
 
     # Losses: taps, the feature maps that are compared, are what enters the first residual block and what the blocks
     # at one, two and three thirds give, four maps of a quarter of the image's side
@@ -165,7 +153,7 @@ def train(args, checkpoint):
     schedule_steps = args.epochs * epoch_steps + decay_steps
     last_step = min(schedule_steps, args.max_steps or schedule_steps)
     first_step, best, scores = 0, math.inf, {}
-    meter, pace = LossMeter(), models.Pace(global_batch, last_step)
+    meter, pace = Meter(), models.Pace(global_batch, last_step)
     torch.manual_seed(args.seed + rank)  # each process has random numbers of its own
     pool_B, pool_A, pool_S = (ImagePool(args.pool_size) for _ in range(3))
 
@@ -173,7 +161,7 @@ def train(args, checkpoint):
     if checkpoint:
         own = models.restore(checkpoint, networks, optimizers)
         first_step, best, scores = checkpoint["step"], checkpoint["best"], checkpoint["scores"]
-        meter = LossMeter(own["losses"])
+        meter = Meter(own["losses"])
         for pool, images in zip((pool_B, pool_A, pool_S), own["pools"], strict=True):
             pool.images = [image.to(device) for image in images]
     models.open_output(args, first_step)
@@ -271,13 +259,13 @@ def train(args, checkpoint):
         last = step == last_step
         if step % args.log_every == 0 or last:
             epoch = step * global_batch / len(dataset)
-            entry = dict(step=step, epoch=epoch, teacher_epoch=epoch / args.teacher_every, images=step * global_batch)
+            entry = dict(step=step, epoch=epoch, images=step * global_batch)
             models.log(args, entry | dict(lr=lr) | pace.read(step) | meter.means())
-            meter = LossMeter()
+            meter = Meter()
 
         # Samples
         if rank == 0 and args.sample_every and (step % args.sample_every == 0 or last):
-            save_samples(out / f"samples/{step:07d}.png", teacher_G, shipped, distill_loss, test_A, test_B)
+            save_samples(out / f"samples/{step:07d}.png", teacher_G, shipped, test_A, test_B)
 
         # Save, and stop if a signal asks for it
         stop_signal = models.stop_asked()
@@ -332,21 +320,12 @@ def evaluate(teacher_G, student_G, test_A, test_B, inception, workers, to_device
 
 
 @torch.no_grad()
-def save_samples(path, teacher_G, student_G, distill_loss, test_A, test_B):
-    """Columns: input, teacher, student, a real B, and the input as each network's first connector shows it to D_T."""
+def save_samples(path, teacher_G, student_G, test_A, test_B):
+    """Four test images, again from the first where there are fewer: input, teacher, student, a real B."""
     device = next(student_G.parameters()).device
-    real_A = test_A.first(4).to(device)
-    real_B = test_B.first(4)
-    fake_B, teacher_taps = teacher_G(real_A, taps=True)
-    fake_S, student_taps = student_G(real_A, taps=True)
-    columns = {"input": real_A, "teacher": fake_B, "student": fake_S, "a real B": real_B}
-    if isinstance(distill_loss, DCDLoss):
-        teacher_map = distill_loss.teacher_connectors[0](teacher_taps[0])
-        student_map = distill_loss.student_connectors[0](student_taps[0])
-        for name, maps in {"teacher's map": teacher_map, "student's map": student_map}.items():
-            brightest = maps.amax((1, 2, 3), keepdim=True).clamp(min=1e-6)
-            shown = TF.resize(maps / brightest, real_A.shape[2:], TF.InterpolationMode.NEAREST)
-            columns[name] = 2 * shown - 1
+    real_A = torch.stack([test_A[i % len(test_A)] for i in range(4)]).to(device)
+    real_B = torch.stack([test_B[i % len(test_B)] for i in range(4)])
+    columns = {"input": real_A, "teacher": teacher_G(real_A), "student": student_G(real_A), "a real B": real_B}
     models.save_grid(path, columns)
 
 
@@ -363,8 +342,6 @@ def open_data(args, checkpoint):
     for files in (train_A, train_B, test_A, test_B):
         files.check()
         say(files)
-    if args.eval_every and args.inception != "none" and min(len(test_A), len(test_B)) < 2:
-        raise InputError(f"{data}: FID needs two test images of each domain; or --inception none")
     dataset = UnpairedImages(train_A, train_B, args.load_size, args.crop_size, args.seed)
     return dataset, TestImages(test_A, args.crop_size), TestImages(test_B, args.crop_size)
 
@@ -422,10 +399,6 @@ class TestImages(Dataset):
     def __getitem__(self, index):
         return to_tensor(load_square(self.files, index, self.size))
 
-    def first(self, n):
-        """(n, 3, size, size), from the beginning again where there are fewer."""
-        return torch.stack([self[i % len(self)] for i in range(n)])
-
 
 # What --toy changes; any flag on the command line wins over it.
 TOY = dict(epochs=9, epochs_decay=8, load_size=72, crop_size=64, batch_size=2, lr=4e-4, ema=100.0)
@@ -433,14 +406,14 @@ TOY |= dict(teacher_ngf=16, student_ngf=8, ndf=16, lambda_dcd=10.0, lambda_style
 TOY |= dict(inception="none", eval_every=9, log_every=20, sample_every=160, save_every=80, workers=1)
 
 
-def write_toy_dataset(folder, size=104, n_train=64, n_test=8):
+def write_toy_dataset(folder, size=104):
     """A: plain, B: striped ellipses, both on textured backgrounds."""
 
     def picture(pixels):
         return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
     for domain in "AB":
-        for phase, count in (("train", n_train), ("test", n_test)):
+        for phase, count in (("train", 64), ("test", 8)):
             (folder / f"{phase}{domain}").mkdir(parents=True, exist_ok=True)
             for i in range(count):
                 rng = np.random.default_rng([domain == "B", phase == "test", i])

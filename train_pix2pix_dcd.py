@@ -26,16 +26,7 @@ from torch.utils.data import Dataset
 import fid
 import models
 from fid import ImageFiles, frechet_distance, gather, generated_stats
-from losses import (
-    DCDLoss,
-    LossMeter,
-    PerceptualLoss,
-    PixelLoss,
-    discriminator_loss,
-    generator_loss,
-    take_step,
-    update_ema,
-)
+from losses import DCDLoss, Meter, PerceptualLoss, PixelLoss, discriminator_loss, generator_loss, take_step, update_ema
 from models import InputError, PatchDiscriminator, ResnetGenerator, UnetGenerator, at_least, init_weights, say
 
 NAME = "pix2pix_dcd"
@@ -109,7 +100,6 @@ def train(args, checkpoint):
     if args.toy:
         torch.set_num_threads(1)  # its maps are so small that two threads wait for each other
     out = Path(args.out)
-    models.check_output(args)
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=args.amp == "bf16")
     layout = models.fast_layout(device)
 
@@ -126,9 +116,7 @@ def train(args, checkpoint):
     student_G = init_weights(build_generator(args.student_arch, args.student_ngf))
     networks = dict(teacher_G=teacher_G, teacher_D=teacher_D, student_G=student_G)
     # Weights from files, which can change widths: so this comes before what is built to fit the networks
-    trained = models.load_start(networks, ["teacher_G", "teacher_D"], args, checkpoint, NAME)
-    if args.d_fakes == "none" and "teacher_D" not in trained:
-        raise InputError("--d-fakes none: --teacher needs the trained D too")
+    models.load_start(networks, ["teacher_G", "teacher_D"], args, checkpoint, NAME)
 
     # Losses: taps are the feature maps that are compared, four of them: see the generators' forward
     if args.distill == "dcd":
@@ -165,14 +153,14 @@ def train(args, checkpoint):
     schedule_steps = args.epochs * epoch_steps + decay_steps
     last_step = min(schedule_steps, args.max_steps or schedule_steps)
     first_step, best, scores = 0, math.inf, {}
-    meter, pace = LossMeter(), models.Pace(global_batch, last_step)
+    meter, pace = Meter(), models.Pace(global_batch, last_step)
     torch.manual_seed(args.seed + rank)  # each process has random numbers of its own
 
     # Resume
     if checkpoint:
         own = models.restore(checkpoint, networks, optimizers)
         first_step, best, scores = checkpoint["step"], checkpoint["best"], checkpoint["scores"]
-        meter = LossMeter(own["losses"])
+        meter = Meter(own["losses"])
     models.open_output(args, first_step)
     batches = models.run_batches(dataset, args.batch_size, range(first_step, last_step), args.workers)
     say(f"{out}: steps {first_step} to {last_step} of {schedule_steps}, {epoch_steps} an epoch, on {world} x {device}")
@@ -252,11 +240,11 @@ def train(args, checkpoint):
             epoch = step * global_batch / len(dataset)
             entry = dict(step=step, epoch=epoch, images=step * global_batch)
             models.log(args, entry | dict(lr=lr) | pace.read(step) | meter.means())
-            meter = LossMeter()
+            meter = Meter()
 
         # Samples
         if rank == 0 and args.sample_every and (step % args.sample_every == 0 or last):
-            save_samples(out / f"samples/{step:07d}.png", teacher_G, shipped, distill_loss, test_set)
+            save_samples(out / f"samples/{step:07d}.png", teacher_G, shipped, test_set)
 
         # Save, and stop if a signal asks for it
         stop_signal = models.stop_asked()
@@ -326,23 +314,13 @@ def psnr(image, target):
 
 
 @torch.no_grad()
-def save_samples(path, teacher_G, student_G, distill_loss, test_set):
-    """Columns: input, teacher, student, the real B, and the input as each network's first connector shows it to D_T."""
+def save_samples(path, teacher_G, student_G, test_set):
+    """Four test pairs, again from the first where there are fewer: input, teacher, student, the real B."""
     device = next(student_G.parameters()).device
     pairs = [test_set[i % len(test_set)] for i in range(4)]
     real_A = torch.stack([pair[0] for pair in pairs]).to(device)
     real_B = torch.stack([pair[1] for pair in pairs])
-    fake_B, teacher_taps = teacher_G(real_A, taps=True)
-    fake_S, student_taps = student_G(real_A, taps=True)
-    columns = {"input": real_A, "teacher": fake_B, "student": fake_S, "the real B": real_B}
-    if isinstance(distill_loss, DCDLoss):
-        teacher_map = distill_loss.teacher_connectors[0](teacher_taps[0])
-        student_map = distill_loss.student_connectors[0](student_taps[0])
-        for name, maps in {"teacher's map": teacher_map, "student's map": student_map}.items():
-            maps = maps[:, 3:]  # the channels in which D_T expects the image
-            brightest = maps.amax((1, 2, 3), keepdim=True).clamp(min=1e-6)
-            shown = TF.resize(maps / brightest, real_A.shape[2:], TF.InterpolationMode.NEAREST)
-            columns[name] = 2 * shown - 1
+    columns = {"input": real_A, "teacher": teacher_G(real_A), "student": student_G(real_A), "the real B": real_B}
     models.save_grid(path, columns)
 
 
@@ -362,8 +340,6 @@ def open_data(args, checkpoint):
         for name, (width, height) in zip(files.names, files.check(), strict=True):
             if width % 2:
                 raise InputError(f"{files.source}: {name} is {width}x{height} pixels, expected two halves side by side")
-    if args.eval_every and args.inception != "none" and len(test) < 2:
-        raise InputError(f"{data}: FID needs two test images; or --inception none")
     dataset = PairedImages(train, args.direction, args.load_size, args.crop_size, args.seed)
     return dataset, TestPairs(test, args.direction, args.crop_size)
 
@@ -435,9 +411,9 @@ TOY |= dict(teacher_ngf=16, student_ngf=8, ndf=16, lambda_dcd=10.0, lambda_style
 TOY |= dict(inception="none", eval_every=5, log_every=20, sample_every=160, save_every=80, workers=0)
 
 
-def write_toy_dataset(folder, size=104, n_train=96, n_test=8):
+def write_toy_dataset(folder, size=104):
     """A: discs outlined in red and triangles in blue; B: the same shapes solid and shaded."""
-    for phase, count in (("train", n_train), ("val", n_test)):
+    for phase, count in (("train", 96), ("val", 8)):
         (folder / phase).mkdir(parents=True, exist_ok=True)
         for i in range(count):
             rng = np.random.default_rng([phase == "val", i])

@@ -27,15 +27,7 @@ from torch.utils.data import Dataset
 import fid
 import models
 from fid import ImageFiles, StoredSquares, frechet_distance, generated_stats, kept_stats
-from losses import (
-    LossMeter,
-    PathLengthPenalty,
-    discriminator_loss,
-    finish_step,
-    generator_loss,
-    r1_penalty,
-    update_ema,
-)
+from losses import Meter, PathLengthPenalty, discriminator_loss, finish_step, generator_loss, r1_penalty, update_ema
 from models import InputError, StyleGAN2Discriminator, StyleGAN2Generator, processes, say
 
 NAME = "stylegan2_dgl"
@@ -58,15 +50,8 @@ def parse_args(argv):
     option("--cache", metavar="FOLDER", help="where the resized images are kept, 3 SIZE^2 bytes each; OUT")
     option("--toy", action="store_true", help="small networks; without --data synthetic pictures, round faces")
     option, number = models.add_section(parser, "networks; files that are given keep their own sizes and widths")
-    option(
-        "--teacher", nargs=1, metavar="FILE", help="NVIDIA's .pkl, the community's {g, d, g_ema}, a teacher.pt of ours"
-    )
-    option(
-        "--student",
-        nargs=1,
-        metavar="FILE",
-        help="the same, to start from: a stage1.pt, stage2.pt or checkpoint.pt of ours",
-    )
+    option("--teacher", nargs=1, metavar="FILE", help="NVIDIA's .pkl, the community's {g, d, g_ema}, our teacher.pt")
+    option("--student", nargs=1, metavar="FILE", help="the same, to start from; or our stage1.pt or stage2.pt")
     number("--teacher-width", 1.0, "factor on the channels of the teacher's networks", minimum=1 / 512)
     number("--student-width", 0.5, "factor on the channels of the student's G", minimum=1 / 512)
     number("--student-d-width", 0.5, "factor on the channels of the student's D", minimum=1 / 512)
@@ -91,12 +76,13 @@ def parse_args(argv):
     number("--eval-images", 50000, "images that G's moving average draws for a FID", minimum=2)
     models.add_run_options(parser, unit="thousand images", eval_every=500, auto=", and bf16 where the device has it")
 
-    implied = dict(teacher=dict(teacher_kimg=0.0), student=dict(stage1_kimg=0.0))  # what is given need not be trained
-    args, checkpoint = models.parse_run(parser, argv, NAME, TOY, BUDGETS, implied)
+    args, checkpoint = models.parse_run(parser, argv, NAME, TOY, BUDGETS)
+    if args.teacher:  # what is given is trained already
+        args.teacher_kimg = 0.0
+    if args.student:
+        args.stage1_kimg = 0.0
     if not (args.teacher_kimg or args.stage1_kimg or args.stage2_kimg):
         raise InputError("--teacher-kimg, --stage1-kimg and --stage2-kimg are all 0: nothing to train")
-    if args.teacher and args.teacher_kimg:
-        raise InputError(f"--teacher is trained already: leave out --teacher-kimg {args.teacher_kimg:g}")
     if args.stage2_kimg and not (args.teacher or args.teacher_kimg):
         raise InputError("stage 2 needs a teacher: give --teacher FILE or a --teacher-kimg, or --stage2-kimg 0")
     return args, checkpoint
@@ -110,7 +96,6 @@ def train(args, checkpoint):
     device = fid.pick_device(args.device)
     rank, world = models.start_processes(device, args.amp)
     out = Path(args.out)
-    models.check_output(args)
     bf16 = args.amp == "bf16" or (args.amp == "auto" and models.has_bf16(device))
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
     layout = models.fast_layout(device)
@@ -121,7 +106,7 @@ def train(args, checkpoint):
         return images.to(device, memory_format=layout, non_blocking=True).float() / 127.5 - 1
 
     # Networks: a pair is G, D and G's moving average. Files that are given decide the shape of both pairs
-    records = checkpoint["networks"] if checkpoint else models.read_given(args, NAME, "StyleGAN2", SHAPE)
+    records = checkpoint["networks"] if checkpoint else models.read_given(args, "StyleGAN2", SHAPE)
     args.size = args.size or 256
     torch.manual_seed(args.seed)
     teacher = build_pair(args, args.teacher_width, args.teacher_width)
@@ -148,14 +133,14 @@ def train(args, checkpoint):
     eval_steps = math.ceil(args.eval_every * 1000 / step_images)
     ema_decay = 0.5 ** (step_images / max(1000 * args.ema_kimg, 1e-8))
     optimizers, first_step, best, scores = {}, 0, math.inf, {}
-    meter, pace = LossMeter(), models.Pace(step_images, last_step)
+    meter, pace = Meter(), models.Pace(step_images, last_step)
 
     # Resume
     torch.manual_seed(args.seed + rank)
     if checkpoint:
         own = models.restore(checkpoint, networks, {})
         first_step, best, scores = checkpoint["step"], checkpoint["best"], checkpoint["scores"]
-        meter = LossMeter(own["losses"])
+        meter = Meter(own["losses"])
         if first_step > stage_ends[checkpoint["stage"]]:
             raise InputError(f"{out}: stage {checkpoint['stage']} has been longer than that already")
     images = StoredSquares(files, args.size, args.cache or out, say, args.workers)
@@ -248,7 +233,7 @@ def train(args, checkpoint):
             if step % args.log_every == 0 or stage_over or last:
                 entry = dict(step=step, stage=stage, kimg=step * step_images / 1000, images=step * step_images)
                 models.log(args, entry | pace.read(step) | meter.means())
-                meter = LossMeter()
+                meter = Meter()
 
             # Samples, of the student and of a teacher whose generator is known
             generators = {}
