@@ -408,9 +408,9 @@ class LabelledImages(Dataset):
 
 # What --toy changes; any flag on the command line wins over it.
 TOY = dict(size=32, teacher_ch=6, student_ch=4, student_d_ch=6, dim_z=32, shared_dim=16, attention=0, sn_eps=1e-8)
-TOY |= dict(teacher_kimg=8.0, stage1_kimg=6.4, stage2_kimg=2.4, batch_size=16, accumulate=1, lr=1e-3, d_lr=1e-3)
+TOY |= dict(teacher_kimg=5.6, stage1_kimg=6.4, stage2_kimg=1.6, batch_size=16, accumulate=1, lr=1.2e-3, d_lr=1.2e-3)
 TOY |= dict(adam_eps=1e-8, ema_decay=0.98, ema_start=50, inception="none", eval_every=0, workers=0)
-TOY |= dict(log_every=50, sample_every=200, save_every=200)
+TOY |= dict(log_every=50, sample_every=200, save_every=500)
 
 
 def write_toy_dataset(folder, size=32, count=100):

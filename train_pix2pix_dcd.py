@@ -408,7 +408,7 @@ class TestPairs(Dataset):
 # What --toy changes; any flag on the command line wins over it.
 TOY = dict(epochs=5, epochs_decay=5, load_size=72, crop_size=64, batch_size=2, lr=6e-4, ema=100.0, teacher_every=2)
 TOY |= dict(teacher_ngf=16, student_ngf=8, ndf=16, lambda_dcd=10.0, lambda_style=0.0, lambda_feature=0.0)
-TOY |= dict(inception="none", eval_every=5, log_every=20, sample_every=160, save_every=80, workers=0)
+TOY |= dict(inception="none", eval_every=5, log_every=20, sample_every=160, save_every=320, workers=0)
 
 
 def write_toy_dataset(folder, size=104):
