@@ -62,12 +62,14 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
     tr((S1 S2)^(1/2)) is the sum of the singular values of L1^T L2 for any L with S = L L^T: real, the same both ways,
     and without the roots of a product's eigenvalues, which near 0 are nothing but rounding.
-    Raises InputError for shapes that do not match, ValueError for values that are not finite.
+    Raises InputError for shapes that do not match and for values that are not finite.
     """
     mu1, sigma1, mu2, sigma2 = (np.asarray(array, dtype=np.float64) for array in (mu1, sigma1, mu2, sigma2))
     if mu1.ndim != 1 or mu1.shape != mu2.shape or not sigma1.shape == sigma2.shape == 2 * mu1.shape:
         shapes = f"means {mu1.shape} and {mu2.shape}, covariances {sigma1.shape} and {sigma2.shape}"
         raise InputError(f"{shapes}: both need features of the same width")
+    if not all(np.isfinite(array).all() for array in (mu1, sigma1, mu2, sigma2)):
+        raise InputError("a mean or covariance holds NaN or infinity")
     L1, L2 = root(sigma1), root(sigma2)
     overlap = scipy.linalg.svdvals(L1.T @ L2).sum()
     distance = np.sum((mu1 - mu2) ** 2) + np.trace(sigma1) + np.trace(sigma2) - 2 * overlap
@@ -160,7 +162,7 @@ def feature_stats(parts):
     """Return FeatureStats of features that come in parts, an iterable of tensors (N, D) on any device.
 
     They are summed up in float64, where they are: memory does not grow with their number. With several processes every
-    one has to call it, with its share; all return the statistics of all features.
+    one has to call it, with its share; all return the statistics of all features. Raises InputError for fewer than two.
     """
     n, total, products = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for part in parts:
@@ -168,9 +170,11 @@ def feature_stats(parts):
         n, total, products = n + len(x), total + x.sum(dim=0), products + x.T @ x
     shares = gather((n, total.cpu(), products.cpu()))
     n, total, products = (sum(column) for column in zip(*shares, strict=True))
+    if n < 2:
+        raise InputError(f"{n} images, statistics need two or more")
     mean = total / n
     scatter = products - torch.outer(total, mean)  # sum of (x - mean) (x - mean)^T
-    return FeatureStats(n, mean.numpy(), (scatter / max(n - 1, 1)).numpy())
+    return FeatureStats(n, mean.numpy(), (scatter / (n - 1)).numpy())
 
 
 def processes():
@@ -420,16 +424,21 @@ def refuse_32_bits(image):
         raise InputError("its values have 32 bits and no known range: save it with 8 or 16 bits")
 
 
-def find_files(folder):
-    """Return the paths of all files below a folder; links are followed, but no folder is entered twice."""
-    paths, seen = [], set()
-    for root, folders, names in os.walk(folder, followlinks=True):
-        folders.sort()
-        if os.path.realpath(root) in seen:
-            folders.clear()
-        else:
-            seen.add(os.path.realpath(root))
-            paths += [os.path.join(root, name) for name in names]
+def find_files(folder, above=()):
+    """Return the paths of all files below a folder; links are followed, but not in circles.
+
+    Without what starts with a dot, and without samples/ beside an args.json, which a training run wrote.
+    """
+    above = (*above, os.path.realpath(folder))
+    entries = {entry.name: entry for entry in os.scandir(folder) if not entry.name.startswith(".")}
+    if "args.json" in entries:
+        entries.pop("samples", None)
+    paths = []
+    for entry in entries.values():
+        if not entry.is_dir():
+            paths.append(entry.path)
+        elif os.path.realpath(entry.path) not in above:
+            paths += find_files(entry.path, above)
     return paths
 
 
@@ -453,12 +462,15 @@ class ImageFiles:
         self.source, self.size = os.fspath(source), size
         self.zipped = zipfile.is_zipfile(source)
         if self.zipped:
-            names = open_archive(self.source, os.getpid()).namelist()
+            try:
+                names = open_archive(self.source, os.getpid()).namelist()
+            except zipfile.BadZipFile as error:
+                raise InputError(f"{source}: a damaged .zip ({first_line(error)})") from error
+            names = [name for name in names if "/." not in f"/{name}" and not name.endswith("/")]
         elif os.path.isdir(source):
             names = [os.path.relpath(path, source).replace(os.sep, "/") for path in find_files(source)]
         else:
             raise InputError(f"{source}: no such folder, and no whole .zip")
-        names = [name for name in names if "/." not in f"/{name}" and not name.endswith("/")]
         self.names = sorted(name for name in names if name.lower().endswith(EXTENSIONS))
         self.others = len(names) - len(self.names)
         if not self.names:
@@ -633,8 +645,6 @@ def run(args, device):
             continue
         files[source] = ImageFiles(source, args.size)
         files[source].check()
-        if len(files[source]) < 2:
-            raise InputError(f"{source}: one image, a covariance needs two or more")
 
     # Measure
     keep = []

@@ -4,7 +4,7 @@
     generator_loss, discriminator_loss          adversarial: least squares, hinge, logistic
     PerceptualLoss                              DCD's style and feature terms, in VGG16
     r1_penalty, PathLengthPenalty               StyleGAN2 (arXiv 1912.04958)
-    take_step, update_ema, Meter            one update, on any number of processes
+    take_step, update_ema, Meter                one update, on any number of processes
 
 DGL-GAN's objective (arXiv 2112.06502) is two generator losses: generator_loss(D_S(fake), mode) + lambda_dgl *
 generator_loss(D_T(fake), mode). Differences and means are taken in float32, also under autocast.

@@ -671,7 +671,7 @@ class SelfAttention(nn.Module):
     def __init__(self, channels, eps):
         super().__init__()
         if channels < 8:
-            raise InputError(f"attention needs 8 channels or more, found {channels}: raise ch, or give no attention")
+            raise InputError(f"attention needs 8 channels or more, found {channels}: raise ch, or --attention 0")
         self.theta = SpectralLayer(channels // 8, channels, 1, 1, bias=False, eps=eps)
         self.phi = SpectralLayer(channels // 8, channels, 1, 1, bias=False, eps=eps)
         self.g = SpectralLayer(channels // 2, channels, 1, 1, bias=False, eps=eps)
@@ -787,7 +787,7 @@ class BigGANGenerator(nn.Module):
         self.config = dict(size=size, ch=ch, n_classes=n_classes, dim_z=dim_z, shared_dim=shared_dim)
         self.config |= dict(hierarchical=hierarchical, attention=attention, sn_eps=sn_eps)
         if hierarchical and not shared_dim:
-            raise InputError("hierarchical needs a shared embedding: give its length, or do without")
+            raise InputError("hierarchical needs a shared embedding: --shared-dim, or --no-hierarchical")
         (start, *widths), _ = biggan_channels(size, ch)
         self.n_chunks = len(widths) + 1 if hierarchical else 1
         chunk = dim_z // self.n_chunks
@@ -954,11 +954,12 @@ def load_start(networks, teacher_names, args, checkpoint, script):
 
     Each takes a file for each network, of the teacher in the order of teacher_names, or one checkpoint.pt of ours.
     Raises InputError for more files than networks, for another script's checkpoint, for a file of the other
-    --direction, and for one that is missing, damaged or does not fit.
+    --direction, and for one that is missing, damaged or does not fit. Returns the names of those that have weights.
     """
     if checkpoint:
         load_networks(networks, checkpoint["networks"], args.out)
-        return
+        return set(networks)
+    trained = set()
     for paths, names in ((args.teacher or [], teacher_names), (args.student or [], ["student_G"])):
         if len(paths) > len(names):
             raise InputError(f"{len(paths)} files of weights, expected at most {len(names)}: {', '.join(names)}")
@@ -968,10 +969,12 @@ def load_start(networks, teacher_names, args, checkpoint, script):
         for name, path, file in zip(names, paths, files, strict=False):
             if file.get("script", script) != script:
                 raise InputError(f"{path}: a file of train_{file['script']}.py, expected one of train_{script}.py")
-            if file.get("direction", args.direction) != args.direction:
+            if name != "teacher_F" and file.get("direction", args.direction) != args.direction:
                 raise InputError(f"{path}: translates {file['direction']}, expected {args.direction}; see --direction")
             record = file["networks"][name] if "networks" in file else file
             load_weights(networks[name], record, f"{path}, {name}")
+            trained.add(name)
+    return trained
 
 
 def read_given(args, network, shape):
@@ -1020,6 +1023,8 @@ def read_pair(paths):
     content = contents[0]
     if "network" in content:
         return content | dict(g_ema=content)
+    if "networks" in content:
+        raise InputError(f"{paths[0]}: a whole run; give the teacher.pt, stage1.pt, stage2.pt or student.pt beside it")
     pair = {"g", "d", "g_ema"} & content.keys()
     if len(contents) > 1 or not pair:
         return dict(zip(("d", "g_ema"), contents, strict=False))
@@ -1162,7 +1167,7 @@ def load_nvidia(path):
 
     Returns a dict of
         g, d, g_ema: our networks with the file's configuration and weights, in eval mode, but for those refused;
-        latent_avg: (1, style_dim), the centre of truncation of g_ema, or None;
+        latent_avg: the centre of truncation of g_ema, if the file has it, of style_dim numbers;
         notes: a line for each network, its configuration or why it is refused; one for what had to be assumed; and if
             D's images were augmented, or mirrored, one for each.
 
@@ -1278,10 +1283,10 @@ def convert_nvidia(content):
             notes.append(textwrap.shorten(f"{role} refused: {error}", 300))
     if not networks.keys() & {"d", "g_ema"}:
         raise InputError("; ".join(notes) + "; give an unconditional StyleGAN2 of configuration e or f")
-    latent_avg = None
-    if "g_ema" in networks and "mapping.w_avg" in stored["G_ema"]:
-        latent_avg = stored["G_ema"]["mapping.w_avg"].reshape(1, networks["g_ema"].style_dim).float()
-    return networks | dict(latent_avg=latent_avg, notes=notes)
+    facts = dict(notes=notes)
+    if "mapping.w_avg" in stored.get("G_ema", {}):
+        facts["latent_avg"] = stored["G_ema"]["mapping.w_avg"].float()
+    return networks | facts
 
 
 def flatten_module(state, prefix=""):
@@ -1538,9 +1543,7 @@ def parse_run(parser, argv, name, toy, budgets):
     source = Path(given.data).resolve().stem if given.data else "toy"
     out = Path(given.out or f"runs/{name}_{source}")
     defaults, checkpoint = {}, None
-    taken = [*out.glob("*.pt"), *out.glob("*.json*")]
-    if taken and not given.resume:
-        raise InputError(f"{taken[0]} exists: go on with --resume, or choose another --out")
+    taken = [*out.glob("args.json"), *out.glob("*.pt")]
     if given.resume:
         if not (out / "args.json").is_file():
             raise InputError(f"{out}: holds no run to go on with; leave out --resume to start one")
@@ -1555,6 +1558,8 @@ def parse_run(parser, argv, name, toy, budgets):
             budgets = budgets[checkpoint.get("stage", 0) :]
         else:
             say(f"{out}: no checkpoint yet, the run starts from its beginning")
+    elif taken:
+        raise InputError(f"{taken[0]}: would be overwritten; choose another --out, or go on with a run by --resume")
     elif given.toy:
         defaults = toy
     parser.set_defaults(**defaults | dict(out=str(out), script=name))
@@ -1844,8 +1849,8 @@ def translate_folder(net, source, target, size=None, pairs=False):
         size: pixels; the shorter side is brought to it first. 0: it stays. None: what the network was trained at.
         pairs: each picture is a pair, two halves side by side, of which the input is translated.
 
-    Pictures that cannot be read are skipped, with a line on stderr. Raises InputError if that is all of them, and
-    before the first is translated if anything would be overwritten.
+    Pictures that cannot be read, or are too large for the memory, are skipped, with a line on stderr. Raises InputError
+    if that is all of them, and before the first is translated if anything would be overwritten.
     """
     places = plan_translations(Path(source), Path(target))
     size = net.facts.get("size", 0) if size is None else size
@@ -1881,12 +1886,13 @@ def translate_folder(net, source, target, size=None, pairs=False):
 def plan_translations(source, target):
     """{the PNG to be written: the picture that it comes from}; InputError where one exists, or has two of those."""
     known = Image.registered_extensions()
-    root, paths = source, [path for path in source.rglob("[!.]*") if path.suffix.lower() in known]
+    root, paths = source, [path for path in source.rglob("*") if path.suffix.lower() in known]
+    paths = [path for path in paths if "/." not in f"/{path.relative_to(source).as_posix()}"]
     if source.is_file():
         root, paths = source.parent, [source]
-    paths = [path for path in paths if target not in path.parents]  # of an earlier call
+    paths = [path for path in paths if target.resolve() not in path.resolve().parents]  # of an earlier call
     if not paths:
-        raise InputError(f"{source}: no picture, and no folder of pictures outside {target}")
+        raise InputError(f"{source}: no picture and no folder of pictures, or choose another folder than {target}")
     places = {}
     for path in sorted(paths):
         place = (target / path.relative_to(root)).with_suffix(".png")

@@ -321,7 +321,7 @@ def test_longer_training(name, data, finished, capsys):
     assert lines[step] == {"step": step, key: more} and lines[-1]["step"] == 10
     if "dcd" in name:
         assert [line["lr"] for line in lines[9:]] == pytest.approx([2e-4 * 2 / 7, 2e-4 * 1 / 7])
-    assert "exists: go on with --resume" in refused(capsys, f"train_{name}", arguments(name, data, "run"))
+    assert "args.json: would be overwritten" in refused(capsys, f"train_{name}", arguments(name, data, "run"))
     refusals = by_kind(
         name,
         {"--seed 3": "the run has --seed 0, not 3"},
@@ -453,7 +453,7 @@ train_cyclegan_dcd | --lr nan | --lr
 train_cyclegan_dcd | --teacher {bad}/code.pt | only plain tensors are loaded
 train_cyclegan_dcd | --teacher {bad}/pickle.pt | pickle.pt: not a checkpoint that can be trusted
 train_cyclegan_dcd | --teacher {bad}/narrow.pt | size mismatch for model.1.weight
-train_pix2pix_dcd | --d-fakes none | against a frozen D_T no teacher learns
+train_pix2pix_dcd | --teacher {bad}/narrow.pt --teacher-ngf 2 --freeze-teacher --d-fakes none | trained D too
 train_pix2pix_dcd | --data {bad}/odd | 0.png is 201x100 pixels
 train_stylegan2_dgl | --teacher-kimg 0 | stage 2 needs a teacher
 train_stylegan2_dgl | --teacher-kimg 0 --teacher {bad}/pair.pt --size 16 | its images are of 8 pixels, not of 16
@@ -465,7 +465,7 @@ train_stylegan2_dgl | --data {bad}/floats | float.tif: not a readable image (its
 train_cyclegan_dcd | --teacher {bad}/nested.pt | does not fit this ResnetGenerator: Missing key
 train_cyclegan_dcd | --student {bad}/student.pt --direction BtoA | translates AtoB, expected BtoA
 models | {bad}/narrow.pt a b | narrow.pt: holds no generator with its configuration
-models | {bad}/student.pt {bad}/odd/train {bad}/odd/train | no folder of pictures outside
+models | {bad}/student.pt {bad}/odd/train {bad}/odd/train | or choose another folder than
 models | {bad}/student.pt {bad}/floats/float.tif out | float.tif: its values have 32 bits
 models | {bad}/student.pt {bad}/odd/val {bad}/odd/train | 0.png exists: choose another folder
 models | {bad}/half.pt a b | half.pt: not a checkpoint, or damaged; copy it again
@@ -473,7 +473,7 @@ models | {bad}/config.pt a b | config.pt: no ResnetGenerator can be built of
 models | {bad}/pickle.pt a b | it asks for 'posix.system', which no StyleGAN2 needs
 models | missing.pt a b | missing.pt: no such file
 train_cyclegan_dcd | --teacher {bad}/five.pt | does not fit this ResnetGenerator: Expected state_dict to be dict
-train_cyclegan_dcd | --out {bad} | .pt exists: go on with --resume
+train_cyclegan_dcd | --out {bad} | .pt: would be overwritten; choose another --out
 fid | {bad}/odd/train gone | gone: no such folder
 fid | {bad}/floats {bad}/odd/train | float.tif: not a readable image (its values have 32 bits
 fid | {bad}/odd/train {bad}/odd/val --weights {bad}/narrow.pt | not the weights of the FID Inception
@@ -1381,7 +1381,7 @@ def test_nvidias_files(write, nvidia_modules):
         assert_close(g(z, noise="fixed"), G(z, noise="fixed"), rtol=1e-6, atol=1e-6)
     assert_close(found["d"](images), D(images), rtol=1e-6, atol=1e-6)
     assert found["d"].config == D.config
-    assert torch.equal(found["latent_avg"], torch.arange(12.0)[None])
+    assert torch.equal(found["latent_avg"], torch.arange(12.0))
     torch.save(D.state_dict(), "network.pkl")
     assert not models.is_nvidia_pickle("network.pkl")
 

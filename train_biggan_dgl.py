@@ -413,12 +413,12 @@ TOY |= dict(adam_eps=1e-8, ema_decay=0.98, ema_start=50, inception="none", eval_
 TOY |= dict(log_every=50, sample_every=200, save_every=500)
 
 
-def write_toy_dataset(folder, size=32, count=100):
+def write_toy_dataset(folder, size=32):
     """Classes: shapes in bright colours on dark ground, of many sizes, places and turns."""
     corners = dict(circle=40, moon=40, square=4, triangle=3)
     for label, (name, n) in enumerate(corners.items()):
         (folder / name).mkdir(parents=True, exist_ok=True)
-        for i in range(count):
+        for i in range(100):
             rng = np.random.default_rng([label, i])
             scale = 4 * size  # drawn four times larger and filtered down: smooth edges
             ground = tuple(rng.integers(10, 60, 3).tolist())

@@ -115,7 +115,9 @@ def train(args, checkpoint):
     teacher = dict(teacher_G=teacher_G, teacher_F=teacher_F, teacher_D=teacher_D, teacher_D_A=teacher_D_A)
     networks = teacher | dict(student_G=student_G)
     # Weights from files, which can change widths: so this comes before what is built to fit the networks
-    models.load_start(networks, [*teacher], args, checkpoint, NAME)
+    trained = models.load_start(networks, [*teacher], args, checkpoint, NAME)
+    if args.d_fakes == "none" and "teacher_D" not in trained:
+        raise InputError("--d-fakes none: --teacher needs its trained D too")
 
     # Losses: taps, the feature maps that are compared, are what enters the first residual block and what the blocks
     # at one, two and three thirds give, four maps of a quarter of the image's side

@@ -116,7 +116,9 @@ def train(args, checkpoint):
     student_G = init_weights(build_generator(args.student_arch, args.student_ngf))
     networks = dict(teacher_G=teacher_G, teacher_D=teacher_D, student_G=student_G)
     # Weights from files, which can change widths: so this comes before what is built to fit the networks
-    models.load_start(networks, ["teacher_G", "teacher_D"], args, checkpoint, NAME)
+    trained = models.load_start(networks, ["teacher_G", "teacher_D"], args, checkpoint, NAME)
+    if args.d_fakes == "none" and "teacher_D" not in trained:
+        raise InputError("--d-fakes none: --teacher needs its trained D too")
 
     # Losses: taps are the feature maps that are compared, four of them: see the generators' forward
     if args.distill == "dcd":
