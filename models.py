@@ -3,17 +3,16 @@
     ResnetGenerator, UnetGenerator, PatchDiscriminator      CycleGAN, Pix2Pix and their compressed forms (DCD)
     StyleGAN2Generator, StyleGAN2Discriminator              StyleGAN2 at any width (DGL-GAN)
     BigGANGenerator, BigGANDiscriminator                    BigGAN at any width (DGL-GAN)
-    save_generator, load_generator, load_weights, load_nvidia, write_atomically     weights on disk
-    parse_run, run_script, save_checkpoint, restore, run_batches, log               a training run
-    translate, draw_samples, count_macs                                             using a compressed generator
+    save, pack, load_generator, load_weights, read_networks, load_nvidia            weights on disk
+    parse_run, run_script, save_checkpoint, restore, share_batches, log             a training run
+    translate, draw_samples, measure_cost                                           using a compressed generator
 
 State dicts have the keys and shapes of the reference implementations, so their checkpoints load strictly. This file
 imports nothing from the rest of the project: copy it beside a student.pt to use the compressed generator.
 
-    python models.py                                                        # parameters, MACs, time per image
     python models.py student.pt photos/ translated/                         # translate a picture, or a folder of them
     python models.py student.pt samples/ --count 64 --truncation 0.7        # draw pictures (StyleGAN2, BigGAN)
-    python models.py stylegan2-ffhq-config-f.pkl samples/                   # from NVIDIA's files, and the community's
+    python models.py stylegan2-ffhq-config-f.pkl samples/                   # from NVIDIA's files
 """
 
 import argparse
@@ -67,33 +66,6 @@ class InstanceNorm(nn.Module):
         return F.instance_norm(x) if x.is_cuda else torch.cat([self(image) for image in x.split(1)])
 
 
-def make_norm(norm, channels):
-    """Instance norm or batch norm: the two that the papers use."""
-    if norm not in ("instance", "batch"):
-        raise ValueError(f"norm is {norm!r}, expected 'instance' or 'batch'")
-    return InstanceNorm() if norm == "instance" else nn.BatchNorm2d(channels)
-
-
-def adapt_reference_keys(net, state_dict, prefix="", *_):
-    """Renames in place what the reference implementations' checkpoints spell differently; runs before every load.
-
-    Three things: a "module." in front of every key (DataParallel), running statistics of instance norms (CycleGAN
-    before 2018), and residual blocks without the dropout slot, where the second convolution is layer 5 and not 6.
-    """
-    own = net.state_dict(prefix=prefix)
-    statistics = ("running_mean", "running_var", "num_batches_tracked")
-    no_dropout = any(".conv_block.5." in key for key in state_dict)
-    adapted = {}
-    for key, value in state_dict.items():
-        name = key if key in own else key.removeprefix("module.")
-        if no_dropout:
-            name = re.sub(r"(?<=\.conv_block\.)[56](?=\.)", lambda match: str(int(match[0]) + 1), name)
-        if name in own or not (name.startswith(prefix) and name.endswith(statistics)):
-            adapted[name] = value
-    state_dict.clear()
-    state_dict.update(adapted)
-
-
 class SeparableConv(nn.Module):
     """3x3 depthwise convolution, instance norm, pointwise convolution (the mobile ResNet of GAN Compression)."""
 
@@ -110,17 +82,18 @@ class SeparableConv(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """x + conv, norm, ReLU, dropout, conv, norm; every convolution after a reflection padding."""
+    """x + conv, norm, ReLU, conv, norm; every convolution after a reflection padding."""
 
-    def __init__(self, channels, separable, norm, dropout):
+    def __init__(self, channels, separable):
         super().__init__()
 
         def conv():
-            return SeparableConv(channels) if separable else nn.Conv2d(channels, channels, 3, bias=norm == "instance")
+            return SeparableConv(channels) if separable else nn.Conv2d(channels, channels, 3)
 
         self.conv_block = nn.Sequential(
-            *(nn.ReflectionPad2d(1), conv(), make_norm(norm, channels), nn.ReLU(), nn.Dropout(dropout)),
-            *(nn.ReflectionPad2d(1), conv(), make_norm(norm, channels)),
+            *(nn.ReflectionPad2d(1), conv(), InstanceNorm(), nn.ReLU()),
+            nn.Identity(),  # the reference implementations' dropout
+            *(nn.ReflectionPad2d(1), conv(), InstanceNorm()),
         )
 
     def forward(self, x):
@@ -130,44 +103,31 @@ class ResnetBlock(nn.Module):
 class ResnetGenerator(nn.Module):
     """The ResNet generator of CycleGAN; with separable=True the mobile ResNet of the compression papers.
 
-    Two stride-2 convolutions, n_blocks residual blocks at a quarter of the resolution, two transposed convolutions.
+    Two stride-2 convolutions, nine residual blocks at a quarter of the resolution, two transposed convolutions.
 
     Args:
         ngf: channels of the first convolution; the residual blocks have 4 ngf.
-        n_blocks: residual blocks, 3 or more.
-        norm: "instance" or "batch".
-        dropout: probability inside the residual blocks.
     """
 
-    def __init__(
-        self, in_channels=3, out_channels=3, ngf=64, n_blocks=9, separable=False, norm="instance", dropout=0.0
-    ):
+    tap_layers = (9, 12, 15, 18)
+    size_multiple = 4
+
+    def __init__(self, ngf=64, separable=False):
         super().__init__()
-        if n_blocks < 3:
-            raise ValueError(f"n_blocks is {n_blocks}, expected 3 or more")
-        self.config = dict(
-            in_channels=in_channels, out_channels=out_channels, ngf=ngf, n_blocks=n_blocks, separable=separable
-        ) | dict(norm=norm, dropout=dropout)
-        bias = norm == "instance"
-        layers = [nn.ReflectionPad2d(3), nn.Conv2d(in_channels, ngf, 7, bias=bias)]
-        layers += [make_norm(norm, ngf), nn.ReLU()]
+        self.config = dict(ngf=ngf, separable=separable)
+        layers = [nn.ReflectionPad2d(3), nn.Conv2d(3, ngf, 7), InstanceNorm(), nn.ReLU()]
         for channels in (ngf, 2 * ngf):
-            layers += [nn.Conv2d(channels, 2 * channels, 3, stride=2, padding=1, bias=bias)]
-            layers += [make_norm(norm, 2 * channels), nn.ReLU()]
-        first = len(layers) - 1
-        layers += [ResnetBlock(4 * ngf, separable, norm, dropout) for _ in range(n_blocks)]
+            layers += [nn.Conv2d(channels, 2 * channels, 3, stride=2, padding=1), InstanceNorm(), nn.ReLU()]
+        layers += [ResnetBlock(4 * ngf, separable) for _ in range(9)]
         for channels in (4 * ngf, 2 * ngf):
-            layers += [nn.ConvTranspose2d(channels, channels // 2, 3, 2, padding=1, output_padding=1, bias=bias)]
-            layers += [make_norm(norm, channels // 2), nn.ReLU()]
-        layers += [nn.ReflectionPad2d(3), nn.Conv2d(ngf, out_channels, 7), nn.Tanh()]
+            layers += [nn.ConvTranspose2d(channels, channels // 2, 3, stride=2, padding=1, output_padding=1)]
+            layers += [InstanceNorm(), nn.ReLU()]
+        layers += [nn.ReflectionPad2d(3), nn.Conv2d(ngf, 3, 7), nn.Tanh()]
         self.model = nn.Sequential(*layers)
-        self.tap_layers = [first + i * n_blocks // 3 for i in range(4)]  # 9, 12, 15, 18 for nine blocks
         self.tap_channels = [4 * ngf] * 4
-        self.size_multiple = 4
-        self.register_load_state_dict_pre_hook(adapt_reference_keys)
 
     def forward(self, x, taps=False):
-        """(N, in, H, W) in [-1, 1] -> (N, out, H, W) in [-1, 1]; H and W multiples of 4.
+        """(N, 3, H, W) in [-1, 1] -> the same; H and W multiples of 4.
 
         With taps=True returns (image, [f_1..f_4]): what enters the first residual block, and the outputs of the blocks
         at one, two and three thirds, each (N, 4 ngf, H/4, W/4) (DCD, section 3.1).
@@ -183,20 +143,17 @@ class ResnetGenerator(nn.Module):
 class UnetBlock(nn.Module):
     """One level of the U-Net around the next inner one: down-convolution, inner level, up-convolution, skip."""
 
-    def __init__(self, outer, inner, norm, submodule=None, in_channels=None, dropout=0.0):
+    def __init__(self, outer, inner, submodule=None, outermost=False):
         super().__init__()
-        self.outermost = in_channels is not None
-        bias = norm == "instance"
-        down = nn.Conv2d(in_channels or outer, inner, 4, stride=2, padding=1, bias=bias)
-        up_channels = inner if submodule is None else 2 * inner
-        up = nn.ConvTranspose2d(up_channels, outer, 4, stride=2, padding=1, bias=bias or self.outermost)
-        if self.outermost:
+        self.outermost = outermost
+        down = nn.Conv2d(outer, inner, 4, stride=2, padding=1)
+        up = nn.ConvTranspose2d(2 * inner if submodule else inner, outer, 4, stride=2, padding=1)
+        if outermost:
             layers = [down, submodule, nn.ReLU(), up, nn.Tanh()]
         elif submodule is None:
-            layers = [nn.LeakyReLU(0.2), down, nn.ReLU(), up, make_norm(norm, outer)]
+            layers = [nn.LeakyReLU(0.2), down, nn.ReLU(), up, InstanceNorm()]
         else:
-            layers = [nn.LeakyReLU(0.2), down, make_norm(norm, inner), submodule, nn.ReLU(), up, make_norm(norm, outer)]
-            layers += [nn.Dropout(dropout)] if dropout else []
+            layers = [nn.LeakyReLU(0.2), down, InstanceNorm(), submodule, nn.ReLU(), up, InstanceNorm()]
         self.model = nn.Sequential(*layers)
 
     def forward(self, x, conv_inputs):
@@ -210,35 +167,25 @@ class UnetBlock(nn.Module):
 
 
 class UnetGenerator(nn.Module):
-    """The U-Net generator of Pix2Pix: num_downs halvings, each joined to its mirror image by a skip connection.
+    """The U-Net generator of Pix2Pix: eight halvings, each joined to its mirror image by a skip connection.
 
     Args:
         ngf: channels of the outermost level; the inner ones have up to 8 ngf.
-        num_downs: levels, 5 or more; the image's sides are multiples of 2 ** num_downs.
-        norm: "instance" or "batch".
-        dropout: probability in the 8 ngf levels between the innermost and the fourth.
     """
 
-    def __init__(self, in_channels=3, out_channels=3, ngf=64, num_downs=8, norm="instance", dropout=0.0):
+    size_multiple = 256
+
+    def __init__(self, ngf=64):
         super().__init__()
-        if num_downs < 5:
-            raise ValueError(f"num_downs is {num_downs}, expected 5 or more")
-        self.config = dict(in_channels=in_channels, out_channels=out_channels, ngf=ngf, num_downs=num_downs)
-        self.config |= dict(norm=norm, dropout=dropout)
-        block = UnetBlock(8 * ngf, 8 * ngf, norm)
-        for _ in range(num_downs - 5):
-            block = UnetBlock(8 * ngf, 8 * ngf, norm, block, dropout=dropout)
-        for outer in (4 * ngf, 2 * ngf, ngf):
-            block = UnetBlock(outer, 2 * outer, norm, block)
-        self.model = UnetBlock(out_channels, ngf, norm, block, in_channels=in_channels)
-        # The down-convolutions of levels 1, 2, .. n run first, then the up-convolutions of levels n, .. 2, 1.
-        self.tap_convs = [3 - 1, 5 - 1, 2 * num_downs - 4, 2 * num_downs - 2]
+        self.config = dict(ngf=ngf)
+        block = UnetBlock(8 * ngf, 8 * ngf)
+        for outer in (8 * ngf, 8 * ngf, 8 * ngf, 4 * ngf, 2 * ngf, ngf):
+            block = UnetBlock(outer, min(2 * outer, 8 * ngf), block)
+        self.model = UnetBlock(3, ngf, block, outermost=True)
         self.tap_channels = [2 * ngf, 8 * ngf, 16 * ngf, 4 * ngf]
-        self.size_multiple = 2**num_downs
-        self.register_load_state_dict_pre_hook(adapt_reference_keys)
 
     def forward(self, x, taps=False):
-        """(N, in, H, W) in [-1, 1] -> (N, out, H, W) in [-1, 1]; H and W multiples of 2 ** num_downs.
+        """(N, 3, H, W) in [-1, 1] -> the same; H and W multiples of 256.
 
         With taps=True returns (image, [f_1..f_4]): what enters the down-convolutions of levels 3 and 5 and the
         up-convolutions of levels 4 and 2, (N, 2 ngf, H/4, W/4), (N, 8 ngf, H/16, W/16), (N, 16 ngf, H/16, W/16) and
@@ -246,38 +193,31 @@ class UnetGenerator(nn.Module):
         """
         conv_inputs = []
         image = self.model(x, conv_inputs)
-        return (image, [conv_inputs[i] for i in self.tap_convs]) if taps else image
+        # The down-convolutions of levels 1, 2, .. 8 run first, then the up-convolutions of levels 8, .. 2, 1
+        return (image, [conv_inputs[i] for i in (2, 4, 12, 14)]) if taps else image
 
 
 class PatchDiscriminator(nn.Module):
-    """The PatchGAN discriminator of Pix2Pix and CycleGAN: one logit for each overlapping patch.
+    """The PatchGAN discriminator of Pix2Pix and CycleGAN: one logit for each overlapping patch of 70x70 pixels.
 
     Args:
         in_channels: 3, or 6 for the conditional discriminator that reads (input, image) side by side in channels.
         ndf: channels of the first convolution.
-        n_layers: stride-2 convolutions; 3 gives the 70x70 patches of the papers.
-        norm: "instance" or "batch".
     """
 
-    def __init__(self, in_channels=3, ndf=64, n_layers=3, norm="instance"):
+    def __init__(self, in_channels=3, ndf=64):
         super().__init__()
-        self.config = dict(in_channels=in_channels, ndf=ndf, n_layers=n_layers, norm=norm)
-        bias = norm == "instance"
+        self.config = dict(in_channels=in_channels, ndf=ndf)
         layers = [nn.Conv2d(in_channels, ndf, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
-        channels = ndf
-        for n in range(1, n_layers + 1):
-            wider = ndf * min(2**n, 8)
-            layers += [nn.Conv2d(channels, wider, 4, stride=2 if n < n_layers else 1, padding=1, bias=bias)]
-            layers += [make_norm(norm, wider), nn.LeakyReLU(0.2)]
-            channels = wider
-        layers += [nn.Conv2d(channels, 1, 4, stride=1, padding=1)]
+        for channels, stride in ((ndf, 2), (2 * ndf, 2), (4 * ndf, 1)):
+            layers += [nn.Conv2d(channels, 2 * channels, 4, stride, padding=1), InstanceNorm(), nn.LeakyReLU(0.2)]
+        layers += [nn.Conv2d(8 * ndf, 1, 4, stride=1, padding=1)]
         self.model = nn.Sequential(*layers)
-        self.register_load_state_dict_pre_hook(adapt_reference_keys)
 
     def features(self, x):
         """(N, in, H, W) -> the last hidden activation, (N, 8 ndf, H/8 - 1, W/8 - 1).
 
-        H and W of at least 24 (3 * 2 ** n_layers): of a map of one pixel instance norm leaves nothing.
+        H and W of at least 24: of a map of one pixel instance norm leaves nothing.
         """
         return self.model[:-1](x)
 
@@ -287,15 +227,10 @@ class PatchDiscriminator(nn.Module):
 
 
 def init_weights(net, std=0.02):
-    """Initialises convolutions and linear layers from N(0, std), batch norm scales from N(1, std), biases with 0."""
+    """Initialises convolutions from N(0, std), biases with 0."""
     for module in net.modules():
-        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
             nn.init.normal_(module.weight, 0.0, std)
-        elif isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.weight, 1.0, std)
-        else:
-            continue
-        if module.bias is not None:
             nn.init.zeros_(module.bias)
     return net
 
@@ -496,14 +431,14 @@ class StyleGAN2Generator(nn.Module):
             for n in (2 * i + 1, 2 * i + 2):
                 self.noises.register_buffer(f"noise_{n}", torch.randn(1, 1, resolution, resolution))
         self.n_latent = len(self.convs) + 2
-        self.latent_avg = None  # (1, style_dim), where a file has it
-        self.register_load_state_dict_pre_hook(adapt_reference_keys)
+        self.facts = {}  # of NVIDIA's files latent_avg (1, style_dim)
 
     def mean_latent(self, n_samples=4096):
         """Mean of w, (1, style_dim), the centre of truncation: the file's own, or over n_samples random z."""
-        if self.latent_avg is not None:
-            return self.latent_avg
-        z = torch.randn(n_samples, self.style_dim, device=self.input.input.device)
+        device = self.input.input.device
+        if "latent_avg" in self.facts:
+            return self.facts["latent_avg"].to(device)
+        z = torch.randn(n_samples, self.style_dim, device=device)
         return self.style(z).mean(0, keepdim=True)
 
     def mapping(self, z):
@@ -602,7 +537,6 @@ class StyleGAN2Discriminator(nn.Module):
         self.final_linear = nn.Sequential(
             EqualLinear(channels[4] * 16, channels[4], activate=True), EqualLinear(channels[4], 1)
         )
-        self.register_load_state_dict_pre_hook(adapt_reference_keys)
 
     def forward(self, images):
         """(N, 3, size, size) -> logits (N, 1), float32.
@@ -809,7 +743,6 @@ class BigGANGenerator(nn.Module):
         self.output_layer = nn.Sequential(
             OutputBatchNorm(widths[-1]), nn.ReLU(inplace=True), SpectralLayer(3, widths[-1], 3, 3, eps=sn_eps)
         )
-        self.register_load_state_dict_pre_hook(adapt_reference_keys)
 
     def forward(self, z, y):
         """Latents z (N, dim_z) from N(0, 1) and classes y -> images (N, 3, size, size) in [-1, 1], in z's type.
@@ -843,7 +776,6 @@ class BigGANDiscriminator(nn.Module):
             self.blocks.append(nn.Sequential(*layers))
         self.linear = SpectralLayer(1, widths[-1], eps=sn_eps)
         self.embed = SpectralLayer(n_classes, widths[-1], bias=False, eps=sn_eps)  # one row a class
-        self.register_load_state_dict_pre_hook(adapt_reference_keys)
 
     def forward(self, images, labels):
         """(N, 3, size, size) in [-1, 1] and their classes (N,) -> logits (N, 1), in the type of the weights."""
@@ -907,12 +839,34 @@ def load_file(path):
     return content
 
 
+def save(path, content):
+    """Writes what load_file reads: pack(net), or a dictionary of such, as teacher.pt is one: {"g", "d", "g_ema"}."""
+    write_atomically(path, lambda file: torch.save(content, file))
+
+
 def pack(net):
-    """What a file of ours holds of a network: its weights and, of one with a config, how to build it again."""
-    record = {"state_dict": {key: value.detach().cpu().contiguous() for key, value in net.state_dict().items()}}
+    """What a file of ours holds of a network: its weights, how to build it again, and facts for those who use it."""
+    record = dict(network=type(net).__name__, state_dict=net.state_dict(), facts=getattr(net, "facts", {}))
     if hasattr(net, "config"):
-        record |= {"network": type(net).__name__, "config": net.config}
+        record["config"] = net.config
     return record
+
+
+def adapt_reference_keys(state_dict, own):
+    """Renames what the reference implementations' checkpoints spell differently from own, the network's state dict.
+
+    Three things: a "module." in front of every key (DataParallel), running statistics of instance norms (CycleGAN
+    before 2018), and residual blocks without the dropout slot, where the second convolution is layer 5 and not 6.
+    """
+    no_dropout = any(".conv_block.5." in key for key in state_dict)
+    adapted = {}
+    for key, value in state_dict.items():
+        name = key.removeprefix("module.")
+        if no_dropout:
+            name = re.sub(r"(?<=\.conv_block\.)[56](?=\.)", lambda match: str(int(match[0]) + 1), name)
+        if name in own or not name.endswith(("running_mean", "running_var", "num_batches_tracked")):
+            adapted[name] = value
+    return adapted
 
 
 def load_weights(net, record, source):
@@ -923,166 +877,84 @@ def load_weights(net, record, source):
         source: named in the message of the InputError for another class, for a configuration that cannot be built, and
             for the first parameter that does not fit.
     """
-    name = type(net).__name__
-    if "state_dict" in record:
-        if record.get("network", name) != name:
-            raise InputError(f"{source}: holds a {record['network']}, expected a {name}: choose its architecture")
-        config, training = record.get("config"), getattr(net, "training", True)
-        if config is not None and config != getattr(net, "config", None):
-            try:
-                with torch.random.fork_rng(devices=[]):
-                    net.__init__(**config)  # anew, in place and on the CPU
-            except (TypeError, ValueError, RuntimeError) as error:
-                raise InputError(f"{source}: no {name} can be built of {config} ({error})") from error
-            net.train(training)
-        record = record["state_dict"]
+    name, config = type(net).__name__, record.get("config")
+    if record.get("network", name) != name:
+        raise InputError(f"{source}: holds a {record['network']}, expected a {name}: choose its architecture")
     try:
-        net.load_state_dict(record)
-    except (RuntimeError, TypeError) as error:  # the first one's lines are a heading, then what does not fit
+        if config is not None and config != net.config:
+            training = net.training
+            with torch.random.fork_rng(devices=[]):
+                net.__init__(**config)  # anew, in place and on the CPU
+            net.train(training)
+        net.load_state_dict(adapt_reference_keys(record.get("state_dict", record), net.state_dict()))
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:  # of a RuntimeError the first line says less
         reason = textwrap.shorten(str(error).partition("\n")[2] or str(error), 200)
         raise InputError(f"{source}: does not fit this {name}: {reason}") from error
 
 
-def load_networks(networks, records, source):
+def load_networks(networks, records):
     """Loads those of the networks (name to module) that records (name to what load_weights takes) holds."""
     for name in networks.keys() & records.keys():
-        load_weights(networks[name], records[name], f"{source}, {name}")
+        load_weights(networks[name], records[name], f"the weights of {name}")
 
 
-def load_start(networks, teacher_names, args, checkpoint, script):
-    """Gives networks the weights that a run starts with: the checkpoint's, or those of --teacher and --student.
+def read_networks(paths, names):
+    """Reads trained networks -> {name: what load_weights takes}, those of the names that there are.
 
-    Each takes a file for each network, of the teacher in the order of teacher_names, or one checkpoint.pt of ours.
-    Raises InputError for more files than networks, for another script's checkpoint, for a file of the other
-    --direction, and for one that is missing, damaged or does not fit. Returns the names of those that have weights.
+    paths: a file for each of the names, in order; or one that has them by name: a checkpoint.pt, a pair {g, d, g_ema}
+    of ours or of the community's, NVIDIA's, of which it prints what they say; or None.
     """
-    if checkpoint:
-        load_networks(networks, checkpoint["networks"], args.out)
-        return set(networks)
-    trained = set()
-    for paths, names in ((args.teacher or [], teacher_names), (args.student or [], ["student_G"])):
-        if len(paths) > len(names):
-            raise InputError(f"{len(paths)} files of weights, expected at most {len(names)}: {', '.join(names)}")
-        files = [load_file(path) for path in paths]
-        if len(files) == 1 and "networks" in files[0]:  # a checkpoint.pt has them all
-            paths, files = paths * len(names), files * len(names)
-        for name, path, file in zip(names, paths, files, strict=False):
-            if file.get("script", script) != script:
-                raise InputError(f"{path}: a file of train_{file['script']}.py, expected one of train_{script}.py")
-            if name != "teacher_F" and file.get("direction", args.direction) != args.direction:
-                raise InputError(f"{path}: translates {file['direction']}, expected {args.direction}; see --direction")
-            record = file["networks"][name] if "networks" in file else file
-            load_weights(networks[name], record, f"{path}, {name}")
-            trained.add(name)
-    return trained
+    if not paths:
+        return {}
+    if is_nvidia_pickle(paths[0]):
+        content = load_nvidia(paths[0])
+        for note in content.pop("notes"):
+            say(f"{paths[0]}: {note}")
+        return {name: pack(content[name]) for name in names if name in content}
+    files = [load_file(path) for path in paths]
+    content = files[0].get("networks", files[0])
+    if content.keys().isdisjoint(names):
+        if "networks" in files[0] or len(files) > len(names):
+            raise InputError(f"{' '.join(paths)}: expected files of {', '.join(names)}, or one with all of them")
+        content = dict(zip(names, files, strict=False))
+    return {name: content[name] for name in names if name in content}
 
 
-def read_given(args, network, shape):
-    """Reads the pairs of a DGL script's --teacher and --student -> {"teacher_d": what load_networks takes, ..}.
+def read_given(args):
+    """Reads the pairs of a DGL script's --teacher and --student -> {"teacher_d": what load_weights takes, ..}.
 
-    Of a teacher D and G's average, of a student all. args take the files' shape: the options named in shape. What an
-    NVIDIA pickle says is printed; its D is given clean images, its augment_pipe is not run.
-    Raises InputError for a pair without a network that is needed, for another network than of classes whose names start
-    with network, and for images of another --size.
+    args.size becomes that of their images. Raises InputError for another --size, and for a pair without a network that
+    is needed: of a teacher D, of a student D, G and its average.
     """
     records = {}
-    wanted = dict(teacher=("d", "g_ema", "classes"), student=("d", "g_ema", "g", "path", "classes"))
-    for role, names in wanted.items():
-        paths = getattr(args, role)
-        if not paths:
-            continue
-        source, pair = " ".join(paths), read_pair(paths)
-        for note in pair.get("notes", ()):
-            say(f"{source}: {note}")
-        for name in ("d",) if role == "teacher" else ("g", "d", "g_ema"):
-            if name not in pair:
-                raise InputError(f"{source}: has no {name!r}, expected the networks g, d and g_ema")
-        for name in ("d", "g_ema"):
-            record = pair.get(name, {})
-            found, config = record.get("network", network), record.get("config", {})
-            if not found.startswith(network):
-                raise InputError(f"{source}: its {name} is a {found}, expected a {network}'s")
-            if args.size not in (None, config.get("size", args.size)):
-                raise InputError(f"{source}: its images are of {config['size']} pixels, not of {args.size}")
-            vars(args).update({option: config[option] or 0 for option in shape if option in config})
-        records |= {f"{role}_{name}": pair[name] for name in names if name in pair}
+    for role, needed, others in (("teacher", ["d"], ["g_ema"]), ("student", ["d", "g_ema", "g"], ["path"])):
+        pair = read_networks(getattr(args, role), needed + others)
+        for name in needed:
+            if getattr(args, role) and name not in pair:
+                raise InputError(f"--{role}: has no {name!r}, expected the networks g, d and g_ema")
+        for name, record in pair.items():
+            size = record.get("config", {}).get("size", args.size)
+            if args.size not in (None, size):
+                raise InputError(f"--{role}: its images are of {size} pixels, not of {args.size}")
+            args.size = size
+            records[f"{role}_{name}"] = record
     return records
 
 
-def read_pair(paths):
-    """Reads a trained generator and discriminator -> {"g", "d", "g_ema": what load_weights takes}, those there are, and
-    what else the file says: of a BigGAN of ours "classes", the names of its classes; of NVIDIA's see load_nvidia.
-
-    paths: one file, {g, d, g_ema} of the community's or of save_pair, NVIDIA's, or a generator alone of save_generator,
-    which counts as g_ema; or bare state dicts of D and of G_ema, a file each.
-    """
-    if is_nvidia_pickle(paths[0]):
-        content = load_nvidia(paths[0])
-        return content | {name: pack(content[name]) for name in ("g", "d", "g_ema") if name in content}
-    contents = [load_file(path) for path in paths]
-    content = contents[0]
-    if "network" in content:
-        return content | dict(g_ema=content)
-    if "networks" in content:
-        raise InputError(f"{paths[0]}: a whole run; give the teacher.pt, stage1.pt, stage2.pt or student.pt beside it")
-    pair = {"g", "d", "g_ema"} & content.keys()
-    if len(contents) > 1 or not pair:
-        return dict(zip(("d", "g_ema"), contents, strict=False))
-    for name in pair:
-        if "state_dict" not in content[name]:  # the community's
-            content[name] = {"state_dict": content[name]} | stylegan2_config(content[name])
-    return content
-
-
-def stylegan2_config(state_dict):
-    """Reads the configuration of a StyleGAN2 network off a bare state dict of the community's, for load_weights."""
-    generator = "input.input" in state_dict
-    first = "input.input" if generator else "final_linear.1.weight"
-    if first not in state_dict:
-        return {}
-    keys = " ".join(state_dict)
-    blocks = len(re.findall(r"\bto_rgbs\.\d+\.bias|\bconvs\.\d+\.skip\.1\.weight", keys))
-    width = state_dict[first].shape[1] / 512
-    config = dict(size=4 * 2**blocks, channel_multiplier=2, width=width)
-    if blocks >= 4:  # the multiplier counts from 64x64 on, the fourth block from the inside
-        at_64 = "to_rgbs.3.conv.modulation.bias" if generator else f"convs.{blocks - 3}.conv1.0.weight"
-        config["channel_multiplier"] = round(len(state_dict[at_64]) / width / 256)
-    if not generator:
-        return dict(network="StyleGAN2Discriminator", config=config)
-    config["style_dim"] = state_dict["conv1.conv.modulation.weight"].shape[1]
-    config["n_mlp"] = len(re.findall(r"\bstyle\.\d+\.weight", keys))
-    return dict(network="StyleGAN2Generator", config=config)
-
-
-def save_pair(path, pair, **facts):
-    """Writes a trained pair, {"g", "d", "g_ema": network}, and facts; see read_pair."""
-    content = {name: pack(net) for name, net in pair.items()} | facts
-    write_atomically(path, lambda file: torch.save(content, file))
-
-
-def save_generator(path, net, **facts):
-    """Writes the generator's weights, the arguments needed to rebuild it, and facts; load_generator reads it."""
-    write_atomically(path, lambda file: torch.save(pack(net) | facts, file))
-
-
 def load_generator(path, device="cpu"):
-    """Rebuilds a generator, in eval mode on device: of save_generator, or G's average of one of read_pair's files.
+    """Rebuilds a generator, in eval mode on device: of a student.pt, or G's average of a pair or of NVIDIA's.
 
-    What the file says besides is in its attribute facts: script, size (pixels, of training), direction, classes.
+    What the file says besides is in its attribute facts: size (pixels, of training), direction, classes.
     Raises InputError when the file is missing, damaged or something else.
     """
-    pair = read_pair([path])
-    record = pair.get("g_ema", {})
+    record = read_networks([path], ["g_ema"]).get("g_ema", {})
     classes = {cls.__name__: cls for cls in (ResnetGenerator, UnetGenerator, StyleGAN2Generator, BigGANGenerator)}
-    if record.get("network") not in classes or not {"config", "state_dict"} <= record.keys():
-        found = "; ".join(pair.get("notes", ["a bare state dict is loaded into a network that you build"]))
-        raise InputError(f"{path}: holds no generator with its configuration ({found})")
-    cls = classes[record["network"]]
-    net = cls.__new__(cls)  # load_weights builds it
+    try:
+        net = classes[record["network"]](**record["config"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{path}: holds no generator and its configuration ({error!r})") from error
     load_weights(net, record, path)
-    net.facts = {name: pair[name] for name in ("script", "size", "direction", "classes") if name in pair}
-    if isinstance(pair.get("latent_avg"), torch.Tensor):
-        net.latent_avg = pair["latent_avg"].reshape(1, -1).to(device)
+    net.facts = record["facts"]
     return net.to(device).eval()
 
 
@@ -1167,7 +1039,7 @@ def load_nvidia(path):
 
     Returns a dict of
         g, d, g_ema: our networks with the file's configuration and weights, in eval mode, but for those refused;
-        latent_avg: the centre of truncation of g_ema, if the file has it, of style_dim numbers;
+            g_ema.facts has latent_avg, the centre of truncation;
         notes: a line for each network, its configuration or why it is refused; one for what had to be assumed; and if
             D's images were augmented, or mirrored, one for each.
 
@@ -1283,10 +1155,9 @@ def convert_nvidia(content):
             notes.append(textwrap.shorten(f"{role} refused: {error}", 300))
     if not networks.keys() & {"d", "g_ema"}:
         raise InputError("; ".join(notes) + "; give an unconditional StyleGAN2 of configuration e or f")
-    facts = dict(notes=notes)
-    if "mapping.w_avg" in stored.get("G_ema", {}):
-        facts["latent_avg"] = stored["G_ema"]["mapping.w_avg"].float()
-    return networks | facts
+    if "g_ema" in networks and "mapping.w_avg" in stored["G_ema"]:
+        networks["g_ema"].facts = dict(latent_avg=stored["G_ema"]["mapping.w_avg"].float()[None])
+    return networks | dict(notes=notes)
 
 
 def flatten_module(state, prefix=""):
@@ -1528,7 +1399,7 @@ def add_run_options(parser, unit, eval_every, auto):
 
 
 # What may change when a run goes on, besides its budgets.
-FREE = "script data cache vgg inception out resume device workers max_steps".split()
+FREE = "data cache vgg inception out resume device workers max_steps".split()
 FREE += "log_every sample_every save_every eval_every".split()
 
 
@@ -1547,12 +1418,7 @@ def parse_run(parser, argv, name, toy, budgets):
     if given.resume:
         if not (out / "args.json").is_file():
             raise InputError(f"{out}: holds no run to go on with; leave out --resume to start one")
-        try:
-            defaults = json.loads((out / "args.json").read_text()) | dict(max_steps=None)
-        except (ValueError, TypeError) as error:
-            raise InputError(f"{out}/args.json: damaged ({error}); put a copy back, or choose another --out") from error
-        if defaults.get("script", name) != name:
-            raise InputError(f"{out}: holds a run of train_{defaults['script']}.py")
+        defaults = json.loads((out / "args.json").read_text()) | dict(max_steps=None)
         if (out / "checkpoint.pt").exists():
             checkpoint = load_file(out / "checkpoint.pt")
             budgets = budgets[checkpoint.get("stage", 0) :]
@@ -1661,7 +1527,7 @@ def save_checkpoint(path, networks, optimizers, own, **content):
         for key, value in record["state_dict"].items():
             if not value.isfinite().all():
                 raise SystemExit(f"error: diverged, {name} {key} is not finite; the last checkpoint stays: {path}")
-    write_atomically(path, lambda file: torch.save(content, file))
+    save(path, content)
 
 
 def restore(checkpoint, networks, optimizers):
@@ -1675,7 +1541,7 @@ def restore(checkpoint, networks, optimizers):
     missing = networks.keys() - checkpoint["networks"].keys()
     if missing:
         raise InputError(f"checkpoint.pt: has no {', '.join(missing)}: of another version; start a new run")
-    load_networks(networks, checkpoint["networks"], "checkpoint.pt")
+    load_networks(networks, checkpoint["networks"])
     for name, optimizer in optimizers.items():
         optimizer.load_state_dict(checkpoint["optimizers"][name])
     own = checkpoint["ranks"][rank]
@@ -1688,30 +1554,23 @@ def restore(checkpoint, networks, optimizers):
 # Batches
 
 
-def run_batches(dataset, batch_size, numbers, workers):
-    """Iterates over a run's batches of these numbers: n has the items from n * global batch on, shared out.
+def share_batches(dataset, batch_size, workers, items=None):
+    """Iterates over every world-th of these items (a range; None: all): this process's share, in batches of batch_size.
 
-    Which items a batch has depends on its number alone, so a run that resumes sees what it would have seen.
+    What a batch has depends on its place alone, so a run that resumes sees what it would have seen.
     """
     rank, world = processes()
-    starts = ((n * world + rank) * batch_size for n in numbers)
-    return iter(
-        DataLoader(
-            dataset,
-            batch_sampler=(range(start, start + batch_size) for start in starts),
-            num_workers=workers,
-            pin_memory=torch.cuda.is_initialized(),
-            worker_init_fn=ignore_signals,
-            generator=torch.Generator(),  # the loader draws a seed: not from the run's random numbers
-        )
+    if items is None:
+        items = range(len(dataset))
+    return DataLoader(
+        dataset,
+        batch_size,
+        sampler=items[rank::world],
+        num_workers=workers,
+        pin_memory=torch.cuda.is_initialized(),
+        worker_init_fn=ignore_signals,
+        generator=torch.Generator(),  # the loader draws a seed: not from the run's random numbers
     )
-
-
-def share_batches(dataset, batch_size, workers):
-    """Iterates once over this process's share of a dataset, in batches of up to batch_size."""
-    share = range(processes()[0], len(dataset), processes()[1])
-    options = dict(num_workers=workers, worker_init_fn=ignore_signals, generator=torch.Generator())
-    return DataLoader(dataset, batch_size, sampler=share, **options)
 
 
 def ignore_signals(_worker):
@@ -1843,20 +1702,20 @@ def to_image(pixels):
 
 
 def translate_folder(net, source, target, size=None, pairs=False):
-    """Translates a picture, or every picture below a folder, into a PNG of the same name below the folder target.
+    """Translates a picture, or every picture below a folder, into a PNG of the same name below the new folder target.
 
     Args:
         size: pixels; the shorter side is brought to it first. 0: it stays. None: what the network was trained at.
         pairs: each picture is a pair, two halves side by side, of which the input is translated.
 
     Pictures that cannot be read, or are too large for the memory, are skipped, with a line on stderr. Raises InputError
-    if that is all of them, and before the first is translated if anything would be overwritten.
+    if that is all of them, and when two would have the same name.
     """
-    places = plan_translations(Path(source), Path(target))
     size = net.facts.get("size", 0) if size is None else size
     print(f"shorter sides of {size} pixels; --size 0: as they are" if size else "pictures keep their size; see --size")
-    count = 0
-    for place, path in places.items():
+    known, count = Image.registered_extensions(), 0
+    paths = [path for path in sorted(source.rglob("[!.]*")) if path.suffix.lower() in known] or [source]
+    for path in paths:
         try:
             with open(path, "rb") as file, Image.open(file) as opened:  # given a name, Pillow garbles turned TIFFs
                 image = to_rgb(opened)
@@ -1870,43 +1729,26 @@ def translate_folder(net, source, target, size=None, pairs=False):
             image = translate(net, image)
         except Exception as error:  # Pillow's decoders raise nearly anything on what is no picture; memory can run out
             problem = f"{path}: {' '.join(str(error).split())}"
-            if len(places) == 1:
+            if len(paths) == 1:
                 raise InputError(problem) from error
             print(f"skipped {problem}", file=sys.stderr)
             continue
+        root = source if source.is_dir() else source.parent
+        place = (target / path.relative_to(root)).with_suffix(".png")
+        if place.exists():
+            raise InputError(f"{path}: another picture has become {place} already, rename one")
         place.parent.mkdir(parents=True, exist_ok=True)
         image.save(place)
         print(place)
         count += 1
     if not count:
-        raise InputError(f"{source}: none of its {len(places)} pictures can be read")
-    print(f"{count} pictures translated into {target}, {len(places) - count} skipped")
-
-
-def plan_translations(source, target):
-    """{the PNG to be written: the picture that it comes from}; InputError where one exists, or has two of those."""
-    known = Image.registered_extensions()
-    root, paths = source, [path for path in source.rglob("*") if path.suffix.lower() in known]
-    paths = [path for path in paths if "/." not in f"/{path.relative_to(source).as_posix()}"]
-    if source.is_file():
-        root, paths = source.parent, [source]
-    paths = [path for path in paths if target.resolve() not in path.resolve().parents]  # of an earlier call
-    if not paths:
-        raise InputError(f"{source}: no picture and no folder of pictures, or choose another folder than {target}")
-    places = {}
-    for path in sorted(paths):
-        place = (target / path.relative_to(root)).with_suffix(".png")
-        if place in places:
-            raise InputError(f"{places[place]} and {path} would both be {place}: rename one")
-        if place.exists():
-            raise InputError(f"{place} exists: choose another folder, or empty this one")
-        places[place] = path
-    return places
+        raise InputError(f"{source}: none of its {len(paths)} pictures can be read")
+    print(f"{count} pictures translated into {target}, {len(paths) - count} skipped")
 
 
 @torch.inference_mode()
 def draw_samples(net, target, count, truncation, seed, label=None):
-    """Writes count pictures of a StyleGAN2 or BigGAN into the folder target.
+    """Writes count pictures of a StyleGAN2 or BigGAN into the new folder target.
 
     Args:
         truncation: StyleGAN2's w is moved to its mean so far; BigGAN's z has no entry beyond it.
@@ -1915,22 +1757,19 @@ def draw_samples(net, target, count, truncation, seed, label=None):
     n_classes = net.config.get("n_classes", 0)
     if label is not None and not 0 <= label < n_classes:
         raise InputError(f"--class {label}: the network has {n_classes} classes, numbered from 0")
-    paths = [Path(target, f"{n:05d}.png") for n in range(count)]
-    for path in paths:
-        if path.exists():
-            raise InputError(f"{path} exists: choose another folder, or empty this one")
-    Path(target).mkdir(parents=True, exist_ok=True)
+    target.mkdir(parents=True)
     device = next(net.parameters()).device
     torch.manual_seed(seed)
     center = net.mean_latent() if isinstance(net, StyleGAN2Generator) else None
     generator = torch.Generator().manual_seed(seed)
-    for n, path in enumerate(paths):
+    for n in range(count):
         if isinstance(net, BigGANGenerator):
             z = nn.init.trunc_normal_(torch.empty(1, net.dim_z), a=-truncation, b=truncation, generator=generator)
             y = n % n_classes if label is None else label
             image = net(z.to(device), torch.tensor([y], device=device))[0]
         else:
             image = net(torch.randn(1, net.style_dim, generator=generator).to(device), truncation, center)[0]
+        path = target / f"{n:05d}.png"
         to_image(image).save(path)
         print(path)
     if label is not None and "classes" in net.facts:
@@ -1943,26 +1782,18 @@ def published_conv_flops(x_shape, w_shape, _bias, _stride, _padding, _dilation, 
     return 2 * out_shape[0] * math.prod(out_shape[2:]) * math.prod(w_shape)
 
 
-def count_macs(net, *inputs, published=False):
-    """Multiply-accumulates of net(*inputs): convolutions and matrix products.
-
-    Args:
-        published: count as the compression papers do (see published_conv_flops), to compare with their tables.
-    """
-    custom = {torch.ops.aten.convolution: published_conv_flops} if published else {}
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=custom) as counter:
-        net(*inputs)
-    return counter.get_total_flops() // 2
-
-
 @torch.inference_mode()
 def measure_cost(name, net, *inputs):
-    """Prints and returns what one call of a network costs: {"parameters": .., "macs": .., "macs_published": ..,
-    "milliseconds": the best of three calls after a first one}. The network is put in eval mode."""
+    """Prints and returns what one call of a network costs: {"parameters": .., "macs": multiply-accumulates of
+    convolutions and matrix products, "macs_published": as the compression papers count them, "milliseconds": the best
+    of three calls}. The network is put in eval mode."""
     net.eval()
-    cost = dict(parameters=sum(p.numel() for p in net.parameters()))
-    cost |= dict(macs=count_macs(net, *inputs), macs_published=count_macs(net, *inputs, published=True))
-    times = []
+    cost, times = dict(parameters=sum(p.numel() for p in net.parameters())), []
+    published = {torch.ops.aten.convolution: published_conv_flops}
+    for count, counters in dict(macs={}, macs_published=published).items():
+        with FlopCounterMode(display=False, custom_mapping=counters) as counter:
+            net(*inputs)
+        cost[count] = counter.get_total_flops() // 2
     for _ in range(3):
         start = time.perf_counter()
         net(*inputs)
@@ -1988,33 +1819,14 @@ def write_summary(out, step, scores, calls):
     print(f"generators, checkpoint.pt, samples/: in {out}")
 
 
-def print_costs(device):
-    """What each generator of the papers costs: the original, then the compressed ones."""
-    with device:
-        image, z512, z120 = torch.randn(1, 3, 256, 256), torch.randn(1, 512), torch.randn(1, 120)
-        label = torch.zeros(1, dtype=torch.long)
-        measure_cost("ResNet-9, ngf 64", ResnetGenerator(), image)
-        for ngf in (64, 16):
-            measure_cost(f"mobile ResNet-9, ngf {ngf}", ResnetGenerator(ngf=ngf, separable=True), image)
-        for ngf in (64, 16):
-            measure_cost(f"U-Net-256, ngf {ngf}", UnetGenerator(ngf=ngf), image)
-        for size in (256, 1024):
-            for width in (1, 0.5, 0.25):
-                measure_cost(f"StyleGAN2-{size}, width {width}", StyleGAN2Generator(size, width=width), z512)
-        for ch in (96, 48):
-            measure_cost(f"BigGAN-128, ch {ch}", BigGANGenerator(128, ch), z120, label)
-    print(f"one picture on {device}, {torch.get_num_threads()} threads, float32; image networks at 256x256")
-    print("DCD's counter takes a stride-2 transposed convolution four times")
-
-
 def parse_args(argv):
     parser = run_parser(__doc__)
     option, number = add_section(parser, "using a generator")
-    option("generator", nargs="?", metavar="student.pt", help="a generator; without: the table of costs")
-    option("paths", nargs="*", metavar="PATH", help="a picture or a folder, and the folder for their translations")
+    option("generator", metavar="student.pt", help="a generator, or a pair that has one")
+    option("paths", nargs="+", metavar="PATH", help="a picture or a folder, and the new folder for their translations")
     option("--size", type=at_least(0), help="pixels of the shorter side; 0: native, of which 12 megapixels take 4.3 GB")
     option("--pairs", action="store_true", help="translate the input half of pictures that are pairs (Pix2Pix's)")
-    number("--count", 64, "of a StyleGAN2 or BigGAN: draw so many into the folder PATH")
+    number("--count", 64, "of a StyleGAN2 or BigGAN: draw so many into the new folder PATH")
     number("--truncation", 0.7, "of their latents", minimum=0.01)
     number("--seed", 0, "of their latents", minimum=0)
     option("--class", dest="label", type=at_least(0), help="BigGAN: number of the class; all in turn if not given")
@@ -2023,23 +1835,23 @@ def parse_args(argv):
 
 
 def use(args):
-    """What the command line asks for: translations, drawings, or the table of costs."""
+    """What the command line asks for: translations or drawings."""
     try:
         device = torch.empty(1, device=args.device).device
     except (RuntimeError, AssertionError) as error:  # a build of torch without CUDA raises the second
         raise InputError(f"--device {args.device} does not work here, use cpu") from error
-    if args.generator is None:
-        print_costs(device)
-        return
     net = load_generator(args.generator, device)
     draws = isinstance(net, (StyleGAN2Generator, BigGANGenerator))
-    if draws and len(args.paths) == 1:
-        draw_samples(net, args.paths[0], args.count, args.truncation, args.seed, args.label)
-    elif not draws and len(args.paths) == 2:
-        translate_folder(net, *args.paths, args.size, args.pairs)
-    else:
+    if len(args.paths) != (1 if draws else 2):
         wanted = "one folder, where to draw" if draws else "pictures, and a folder for their translations"
         raise InputError(f"{args.generator} is a {type(net).__name__}: give {wanted}")
+    target = Path(args.paths[-1])
+    if target.exists():
+        raise InputError(f"{target} exists: choose a new folder")
+    if draws:
+        draw_samples(net, target, args.count, args.truncation, args.seed, args.label)
+    else:
+        translate_folder(net, Path(args.paths[0]), target, args.size, args.pairs)
 
 
 def main(argv=None):

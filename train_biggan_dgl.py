@@ -39,7 +39,6 @@ from models import BigGANDiscriminator, BigGANGenerator, InputError, init_biggan
 NAME = "biggan_dgl"
 STAGES = ("the teacher", "the student alone", "the student and D_T")
 BUDGETS = ("teacher_kimg", "stage1_kimg", "stage2_kimg")
-SHAPE = ("size", "attention", "sn_eps", "dim_z", "shared_dim", "hierarchical")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Arguments
@@ -114,24 +113,20 @@ def train(args, checkpoint):
         return images.to(device, memory_format=layout, non_blocking=True).float() / 127.5 - 1
 
     # Networks: a pair is G, D and G's moving average. Files that are given decide the shape of both pairs
-    if checkpoint:
-        records = checkpoint["networks"]
-        check_classes(checkpoint.get("classes"), classes, out)
-    else:
-        records = models.read_given(args, "BigGAN", SHAPE)
-        for role in ("teacher", "student"):
-            if f"{role}_d" in records:
-                check_classes(records.get(f"{role}_classes"), classes, f"--{role}")
+    records = checkpoint["networks"] if checkpoint else models.read_given(args)
+    for name in ("teacher_d", "student_d"):
+        if name in records:
+            check_classes(records[name].get("facts", {}).get("classes"), classes, name)
     args.size = args.size or 128
     torch.manual_seed(args.seed)
-    teacher = build_pair(args, args.teacher_ch, args.teacher_ch, len(classes))
-    student = build_pair(args, args.student_ch, args.student_d_ch, len(classes))
+    teacher = build_pair(args, args.teacher_ch, args.teacher_ch, classes)
+    student = build_pair(args, args.student_ch, args.student_d_ch, classes)
     networks = {f"student_{name}": net for name, net in student.items()}
     trains_teacher = args.teacher_kimg > 0 and not checkpoint
     for name, net in teacher.items():  # of one that is given, what the file holds: D alone is needed
         if trains_teacher or f"teacher_{name}" in records:
             networks[f"teacher_{name}"] = net
-    models.load_networks(networks, records, out if checkpoint else "a file of --teacher or --student")
+    models.load_networks(networks, records)
     for net in networks.values():
         net.to(device, memory_format=layout).requires_grad_(False)
     models.broadcast_weights(networks.values())
@@ -161,17 +156,17 @@ def train(args, checkpoint):
     images = StoredSquares(files, args.size, args.cache or out, say, args.workers, Image.Resampling.BILINEAR)
     models.open_output(args, first_step)
     dataset = LabelledImages(images, labels, args.mirror, args.seed)
-    numbers = range(first_step * micro_batches, last_step * micro_batches)
-    batches = models.run_batches(dataset, args.batch_size, numbers, args.workers)
+    items = range(first_step * step_images, last_step * step_images)
+    batches = iter(models.share_batches(dataset, args.batch_size, args.workers, items))
     say(f"{out}: steps {first_step} to {last_step} of {stage_ends[-1]}, {step_images} images each, {world} x {device}")
 
     def save(step, stage):
         models.broadcast_weights(networks.values())  # running statistics: an evaluation draws with rank 0's
         own = dict(losses=meter.state())
         record = dict(script=NAME, step=step, stage=stage, best=best, scores=scores)
-        models.save_checkpoint(out / "checkpoint.pt", networks, optimizers, own, classes=classes, **record)
+        models.save_checkpoint(out / "checkpoint.pt", networks, optimizers, own, **record)
         if rank == 0 and stage:
-            models.save_generator(out / "student.pt", student["g_ema"], classes=classes)
+            models.save(out / "student.pt", models.pack(student["g_ema"]))
 
     for stage, (stage_start, stage_end) in enumerate(zip(stage_starts, stage_ends, strict=True)):
         steps = range(max(first_step, stage_start) + 1, min(stage_end, last_step) + 1)
@@ -254,7 +249,7 @@ def train(args, checkpoint):
             due = inception is not None and (step % eval_steps == 0 or stage_over or last)
             if rank == 0 and stage_over:
                 name = BUDGETS[stage].removesuffix("_kimg")
-                models.save_pair(out / f"{name}.pt", pair, classes=classes)
+                models.save(out / f"{name}.pt", {key: models.pack(net) for key, net in pair.items()})
             if step % args.save_every == 0 or due or stage_over or last or stop_signal:
                 save(step, stage)
             if stop_signal:
@@ -270,7 +265,7 @@ def train(args, checkpoint):
                 if scores.get("fid_student", math.inf) < best:
                     best = scores["fid_student"]
                     if rank == 0:
-                        models.save_generator(out / "best_student.pt", student["g_ema"], classes=classes)
+                        models.save(out / "best_student.pt", models.pack(student["g_ema"]))
                 save(step, stage)
                 pace.restart(step)
 
@@ -284,13 +279,14 @@ def train(args, checkpoint):
         models.write_summary(out, max(first_step, last_step), scores, calls)
 
 
-def build_pair(args, g_ch, d_ch, n_classes):
+def build_pair(args, g_ch, d_ch, classes):
     shape = dict(attention=args.attention or None, sn_eps=args.sn_eps)
     latent = dict(dim_z=args.dim_z, shared_dim=args.shared_dim or None, hierarchical=args.hierarchical)
-    G = BigGANGenerator(args.size, g_ch, n_classes, **latent, **shape)
-    D = BigGANDiscriminator(args.size, d_ch, n_classes, **shape)
+    G = BigGANGenerator(args.size, g_ch, len(classes), **latent, **shape)
+    D = BigGANDiscriminator(args.size, d_ch, len(classes), **shape)
     for net in (G, D):
         init_biggan(net, args.init == "orthogonal")
+        net.facts = dict(classes=classes)  # for those who use it
     return dict(g=G, d=D, g_ema=copy.deepcopy(G).eval())
 
 

@@ -115,8 +115,13 @@ def train(args, checkpoint):
     teacher = dict(teacher_G=teacher_G, teacher_F=teacher_F, teacher_D=teacher_D, teacher_D_A=teacher_D_A)
     networks = teacher | dict(student_G=student_G)
     # Weights from files, which can change widths: so this comes before what is built to fit the networks
-    trained = models.load_start(networks, [*teacher], args, checkpoint, NAME)
-    if args.d_fakes == "none" and "teacher_D" not in trained:
+    if checkpoint:
+        records = checkpoint["networks"]
+    else:
+        records = models.read_networks(args.teacher, [*teacher])
+        records |= models.read_networks(args.student, ["student_G"])
+    models.load_networks(networks, records)
+    if args.d_fakes == "none" and "teacher_D" not in records:
         raise InputError("--d-fakes none: --teacher needs its trained D too")
 
     # Losses: taps, the feature maps that are compared, are what enters the first residual block and what the blocks
@@ -131,6 +136,7 @@ def train(args, checkpoint):
         perceptual_loss = PerceptualLoss(args.vgg).to(device, memory_format=layout)
 
     # The student's moving average, if there is one, is what is evaluated and shipped
+    student_G.facts = dict(size=args.crop_size, direction=args.direction)  # what it translates, for those who use it
     shipped = student_G
     if args.ema:
         shipped = networks["student_G_ema"] = copy.deepcopy(student_G).requires_grad_(False)
@@ -167,18 +173,17 @@ def train(args, checkpoint):
         for pool, images in zip((pool_B, pool_A, pool_S), own["pools"], strict=True):
             pool.images = [image.to(device) for image in images]
     models.open_output(args, first_step)
-    batches = models.run_batches(dataset, args.batch_size, range(first_step, last_step), args.workers)
+    items = range(first_step * global_batch, last_step * global_batch)
+    batches = iter(models.share_batches(dataset, args.batch_size, args.workers, items))
     say(f"{out}: steps {first_step} to {last_step} of {schedule_steps}, {epoch_steps} an epoch, on {world} x {device}")
-
-    facts = dict(script=NAME, size=args.crop_size, direction=args.direction)  # what the student translates
 
     def save(step):
         pools = [[image.cpu() for image in pool.images] for pool in (pool_B, pool_A, pool_S)]
         own = dict(losses=meter.state(), pools=pools)
-        record = facts | dict(step=step, best=best, scores=scores)
+        record = dict(step=step, best=best, scores=scores)
         models.save_checkpoint(out / "checkpoint.pt", networks, optimizers, own, **record)
         if rank == 0:
-            models.save_generator(out / "student.pt", shipped, **facts)
+            models.save(out / "student.pt", models.pack(shipped))
 
     models.defer_signals()
     pace.restart(first_step)
@@ -285,7 +290,7 @@ def train(args, checkpoint):
             if scores.get("fid_student", math.inf) < best:
                 best = scores["fid_student"]
                 if rank == 0:
-                    models.save_generator(out / "best_student.pt", shipped, **facts)
+                    models.save(out / "best_student.pt", models.pack(shipped))
             save(step)
             pace.restart(step)
 

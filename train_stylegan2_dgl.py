@@ -34,7 +34,6 @@ NAME = "stylegan2_dgl"
 SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
 STAGES = ("the teacher", "the student alone", "the student and D_T")
 BUDGETS = ("teacher_kimg", "stage1_kimg", "stage2_kimg")
-SHAPE = ("size", "channel_multiplier", "style_dim", "n_mlp")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Arguments
@@ -108,7 +107,7 @@ def train(args, checkpoint):
         return images.to(device, memory_format=layout, non_blocking=True).float() / 127.5 - 1
 
     # Networks: a pair is G, D and G's moving average. Files that are given decide the shape of both pairs
-    records = checkpoint["networks"] if checkpoint else models.read_given(args, "StyleGAN2", SHAPE)
+    records = checkpoint["networks"] if checkpoint else models.read_given(args)
     args.size = args.size or 256
     torch.manual_seed(args.seed)
     teacher = build_pair(args, args.teacher_width, args.teacher_width)
@@ -118,7 +117,7 @@ def train(args, checkpoint):
     for name, net in teacher.items():  # of one that is given, what the file holds: D alone is needed
         if trains_teacher or f"teacher_{name}" in records:
             networks[f"teacher_{name}"] = net
-    models.load_networks(networks, records, out if checkpoint else "a file of --teacher or --student")
+    models.load_networks(networks, records)
     for net in networks.values():
         net.to(device).requires_grad_(False)
     models.broadcast_weights(networks.values())
@@ -148,8 +147,8 @@ def train(args, checkpoint):
     images = StoredSquares(files, args.size, args.cache or out, say, args.workers)
     models.open_output(args, first_step)
     dataset = TrainingImages(images, args.mirror, args.seed)
-    micro_batches = range(first_step * args.accumulate, last_step * args.accumulate)
-    batches = models.run_batches(dataset, args.batch_size, micro_batches, args.workers)
+    items = range(first_step * step_images, last_step * step_images)
+    batches = iter(models.share_batches(dataset, args.batch_size, args.workers, items))
     say(f"{out}: steps {first_step} to {last_step} of {stage_ends[-1]}, {len(files)} images, on {world} x {device}")
 
     def save(step, stage):
@@ -157,7 +156,7 @@ def train(args, checkpoint):
         record = dict(script=NAME, step=step, stage=stage, best=best, scores=scores)
         models.save_checkpoint(out / "checkpoint.pt", networks, optimizers, own, **record)
         if rank == 0 and stage:
-            models.save_generator(out / "student.pt", student["g_ema"])
+            models.save(out / "student.pt", models.pack(student["g_ema"]))
 
     for stage, (stage_start, stage_end) in enumerate(zip(stage_starts, stage_ends, strict=True)):
         steps = range(max(first_step, stage_start) + 1, min(stage_end, last_step) + 1)
@@ -251,7 +250,7 @@ def train(args, checkpoint):
             due = inception is not None and (step % eval_steps == 0 or stage_over or last)
             if rank == 0 and stage_over:
                 name = BUDGETS[stage].removesuffix("_kimg")
-                models.save_pair(out / f"{name}.pt", pair)
+                models.save(out / f"{name}.pt", {key: models.pack(net) for key, net in pair.items()})
             if step % args.save_every == 0 or due or stage_over or last or stop_signal:
                 save(step, stage)
             if stop_signal:
@@ -267,7 +266,7 @@ def train(args, checkpoint):
                 if scores.get("fid_student", math.inf) < best:
                     best = scores["fid_student"]
                     if rank == 0:
-                        models.save_generator(out / "best_student.pt", student["g_ema"])
+                        models.save(out / "best_student.pt", models.pack(student["g_ema"]))
                 save(step, stage)
                 pace.restart(step)
 
