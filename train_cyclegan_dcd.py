@@ -112,13 +112,13 @@ def train(args, checkpoint):
     teacher_D = init_weights(PatchDiscriminator(3, args.ndf))
     teacher_D_A = init_weights(PatchDiscriminator(3, args.ndf))
     student_G = init_weights(build_generator(args.student_arch, args.student_ngf))
-    teacher = dict(teacher_G=teacher_G, teacher_F=teacher_F, teacher_D=teacher_D, teacher_D_A=teacher_D_A)
-    networks = teacher | dict(student_G=student_G)
+    networks = dict(teacher_G=teacher_G, teacher_F=teacher_F, teacher_D=teacher_D, teacher_D_A=teacher_D_A)
+    networks["student_G"] = student_G
     # Weights from files, which can change widths: so this comes before what is built to fit the networks
     if checkpoint:
         records = checkpoint["networks"]
     else:
-        records = models.read_networks(args.teacher, [*teacher])
+        records = models.read_networks(args.teacher, ["teacher_G", "teacher_F", "teacher_D", "teacher_D_A"])
         records |= models.read_networks(args.student, ["student_G"])
     models.load_networks(networks, records)
     if args.d_fakes == "none" and "teacher_D" not in records:
