@@ -111,6 +111,7 @@ class ResnetGenerator(nn.Module):
 
     tap_layers = (9, 12, 15, 18)
     size_multiple = 4
+    facts = {}
 
     def __init__(self, ngf=64, separable=False):
         super().__init__()
@@ -174,6 +175,7 @@ class UnetGenerator(nn.Module):
     """
 
     size_multiple = 256
+    facts = {}
 
     def __init__(self, ngf=64):
         super().__init__()
@@ -410,6 +412,8 @@ class StyleGAN2Generator(nn.Module):
         conv_clamp: limit of what a layer gives, after its activation, on both sides of 0; None: no limit.
     """
 
+    facts = {}
+
     def __init__(self, size, style_dim=512, n_mlp=8, channel_multiplier=2, width=1.0, conv_clamp=None):
         super().__init__()
         self.config = dict(size=size, style_dim=style_dim, n_mlp=n_mlp)
@@ -431,7 +435,6 @@ class StyleGAN2Generator(nn.Module):
             for n in (2 * i + 1, 2 * i + 2):
                 self.noises.register_buffer(f"noise_{n}", torch.randn(1, 1, resolution, resolution))
         self.n_latent = len(self.convs) + 2
-        self.facts = {}  # of NVIDIA's files latent_avg (1, style_dim)
 
     def mean_latent(self, n_samples=4096):
         """Mean of w, (1, style_dim), the centre of truncation: the file's own, or over n_samples random z."""
@@ -714,6 +717,8 @@ class BigGANGenerator(nn.Module):
     Raises ValueError for another size, InputError for hierarchical without a shared embedding to join the chunks to.
     """
 
+    facts = {}
+
     def __init__(
         self, size, ch=96, n_classes=1000, dim_z=120, shared_dim=128, hierarchical=True, attention=64, sn_eps=1e-6
     ):
@@ -901,8 +906,9 @@ def load_networks(networks, records):
 def read_networks(paths, names):
     """Reads trained networks -> {name: what load_weights takes}, those of the names that there are.
 
-    paths: a file for each of the names, in order; or one that has them by name: a checkpoint.pt, a pair {g, d, g_ema}
-    of ours or of the community's, NVIDIA's, of which it prints what they say; or None.
+    paths: a file for each of the names, in order; or one that has them by name: DCD's checkpoint.pt, a pair
+    {g, d, g_ema} of ours or of the community's, NVIDIA's, of which it prints what they say; or None.
+    Raises InputError where there are none, or more files than names.
     """
     if not paths:
         return {}
@@ -910,21 +916,23 @@ def read_networks(paths, names):
         content = load_nvidia(paths[0])
         for note in content.pop("notes"):
             say(f"{paths[0]}: {note}")
-        return {name: pack(content[name]) for name in names if name in content}
-    files = [load_file(path) for path in paths]
-    content = files[0].get("networks", files[0])
-    if content.keys().isdisjoint(names):
-        if "networks" in files[0] or len(files) > len(names):
-            raise InputError(f"{' '.join(paths)}: expected files of {', '.join(names)}, or one with all of them")
-        content = dict(zip(names, files, strict=False))
-    return {name: content[name] for name in names if name in content}
+        content = {name: pack(net) for name, net in content.items()}
+    else:
+        files = [load_file(path) for path in paths]
+        content = files[0].get("networks", files[0])
+        if len(files) <= len(names) and "networks" not in files[0] and content.keys().isdisjoint(names):
+            content = dict(zip(names, files, strict=False))
+    records = {name: content[name] for name in names if name in content}
+    if not records:
+        raise InputError(f"{' '.join(paths)}: expected {', '.join(names)}, a file each, or one with all, as teacher.pt")
+    return records
 
 
 def read_given(args):
     """Reads the pairs of a DGL script's --teacher and --student -> {"teacher_d": what load_weights takes, ..}.
 
-    args.size becomes that of their images. Raises InputError for another --size, and for a pair without a network that
-    is needed: of a teacher D, of a student D, G and its average.
+    args take what the files' configurations say of them. Raises InputError for another --size, and for a pair without a
+    network that is needed: of a teacher D, of a student D, G and its average.
     """
     records = {}
     for role, needed, others in (("teacher", ["d"], ["g_ema"]), ("student", ["d", "g_ema", "g"], ["path"])):
@@ -933,10 +941,10 @@ def read_given(args):
             if getattr(args, role) and name not in pair:
                 raise InputError(f"--{role}: has no {name!r}, expected the networks g, d and g_ema")
         for name, record in pair.items():
-            size = record.get("config", {}).get("size", args.size)
-            if args.size not in (None, size):
-                raise InputError(f"--{role}: its images are of {size} pixels, not of {args.size}")
-            args.size = size
+            config = record.get("config", {})
+            if args.size not in (None, config.get("size", args.size)):
+                raise InputError(f"--{role}: its images are of {config['size']} pixels, not of {args.size}")
+            vars(args).update({key: config[key] or 0 for key in vars(args).keys() & config.keys()})
             records[f"{role}_{name}"] = record
     return records
 
@@ -952,9 +960,9 @@ def load_generator(path, device="cpu"):
     try:
         net = classes[record["network"]](**record["config"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{path}: holds no generator and its configuration ({error!r})") from error
+        raise InputError(f"{path}: no generator that can be built ({error!r}), expected a student.pt") from error
     load_weights(net, record, path)
-    net.facts = record["facts"]
+    net.facts = record.get("facts", {})
     return net.to(device).eval()
 
 
@@ -1711,11 +1719,18 @@ def translate_folder(net, source, target, size=None, pairs=False):
     Pictures that cannot be read, or are too large for the memory, are skipped, with a line on stderr. Raises InputError
     if that is all of them, and when two would have the same name.
     """
+    source, target = Path(source), Path(target)
     size = net.facts.get("size", 0) if size is None else size
     print(f"shorter sides of {size} pixels; --size 0: as they are" if size else "pictures keep their size; see --size")
-    known, count = Image.registered_extensions(), 0
-    paths = [path for path in sorted(source.rglob("[!.]*")) if path.suffix.lower() in known] or [source]
-    for path in paths:
+    known, root, paths = Image.registered_extensions(), source.parent, [source]
+    if source.is_dir():
+        paths = [path for path in sorted(source.rglob("*")) if path.suffix.lower() in known]
+        root, paths = source, [path for path in paths if "/." not in f"/{path.relative_to(source).as_posix()}"]
+    places = [(target / path.relative_to(root)).with_suffix(".png") for path in paths]
+    if len(set(places)) < len(paths):
+        raise InputError(f"{source}: names that differ in their endings alone, as a.jpg and a.png; rename one")
+    count = 0
+    for path, place in zip(paths, places, strict=True):
         try:
             with open(path, "rb") as file, Image.open(file) as opened:  # given a name, Pillow garbles turned TIFFs
                 image = to_rgb(opened)
@@ -1733,16 +1748,12 @@ def translate_folder(net, source, target, size=None, pairs=False):
                 raise InputError(problem) from error
             print(f"skipped {problem}", file=sys.stderr)
             continue
-        root = source if source.is_dir() else source.parent
-        place = (target / path.relative_to(root)).with_suffix(".png")
-        if place.exists():
-            raise InputError(f"{path}: another picture has become {place} already, rename one")
         place.parent.mkdir(parents=True, exist_ok=True)
         image.save(place)
         print(place)
         count += 1
     if not count:
-        raise InputError(f"{source}: none of its {len(paths)} pictures can be read")
+        raise InputError(f"{source}: {len(paths)} pictures, of which none can be read")
     print(f"{count} pictures translated into {target}, {len(paths) - count} skipped")
 
 
@@ -1757,6 +1768,7 @@ def draw_samples(net, target, count, truncation, seed, label=None):
     n_classes = net.config.get("n_classes", 0)
     if label is not None and not 0 <= label < n_classes:
         raise InputError(f"--class {label}: the network has {n_classes} classes, numbered from 0")
+    target = Path(target)
     target.mkdir(parents=True)
     device = next(net.parameters()).device
     torch.manual_seed(seed)
@@ -1851,7 +1863,7 @@ def use(args):
     if draws:
         draw_samples(net, target, args.count, args.truncation, args.seed, args.label)
     else:
-        translate_folder(net, Path(args.paths[0]), target, args.size, args.pairs)
+        translate_folder(net, args.paths[0], target, args.size, args.pairs)
 
 
 def main(argv=None):

@@ -463,12 +463,13 @@ train_biggan_dgl | --teacher {bad}/classes.pt --teacher-kimg 0 | its class 1 is 
 train_stylegan2_dgl | --data {bad}/header/trainA | 0.png: not a readable image
 train_stylegan2_dgl | --data {bad}/floats | float.tif: not a readable image (its values have 32 bits
 train_cyclegan_dcd | --teacher {bad}/nested.pt | does not fit this ResnetGenerator: Missing key
-models | {bad}/narrow.pt a b | narrow.pt: holds no generator and its configuration
+models | {bad}/narrow.pt a b | narrow.pt: no generator that can be built (KeyError('network')), expected a student.pt
 models | {bad}/student.pt {bad}/odd/train {bad}/odd/train | train exists: choose a new folder
 models | {bad}/student.pt {bad}/floats/float.tif out | float.tif: its values have 32 bits
 models | {bad}/student.pt {bad}/gone out | No such file or directory
 models | {bad}/half.pt a b | half.pt: not a checkpoint, or damaged; copy it again
-models | {bad}/config.pt a b | config.pt: holds no generator and its configuration (TypeError
+models | {bad}/config.pt a b | config.pt: no generator that can be built (TypeError
+models | {bad}/whole.pt a | whole.pt: expected g_ema, a file each, or one with all
 models | {bad}/pickle.pt a b | it asks for 'posix.system', which no StyleGAN2 needs
 models | missing.pt a b | missing.pt: no such file
 train_cyclegan_dcd | --teacher {bad}/five.pt | the weights of teacher_G: does not fit this ResnetGenerator: 'int' object
@@ -488,6 +489,7 @@ def bad(data, tmp_path_factory):
     torch.save(ResnetGenerator(ngf=2, separable=True).state_dict(), root / "narrow.pt")
     torch.save({"epoch": 1, "model": {}}, root / "nested.pt")
     torch.save({"state_dict": 5}, root / "five.pt")
+    torch.save({"networks": {"teacher_g_ema": {}}}, root / "whole.pt")
     models.save(root / "student.pt", models.pack(ResnetGenerator(ngf=2)))
     (root / "half.pt").write_bytes((root / "student.pt").read_bytes()[:500])
     models.save(root / "pair.pt", dict(d=models.pack(StyleGAN2Discriminator(8, width=0.01))))
@@ -997,8 +999,10 @@ def test_a_folder_is_translated():
     shutil.copy(HERE / "models.py", "models.py")
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (37, 24, 3), dtype=np.uint8))
     Path("photos/deep").mkdir(parents=True)
+    Path("photos/.hidden").mkdir()
     for name in ("photos/a.bmp", "photos/deep/b.png", "photos/\udce9.png"):
         picture.save(name)
+    picture.save("photos/.hidden/a.png")
     Path("photos/broken.png").write_bytes(b"\x89PNG")
     Path("photos/a.aae").touch()  # a phone's, beside its picture
 

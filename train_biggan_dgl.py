@@ -163,7 +163,7 @@ def train(args, checkpoint):
     def save(step, stage):
         models.broadcast_weights(networks.values())  # running statistics: an evaluation draws with rank 0's
         own = dict(losses=meter.state())
-        record = dict(script=NAME, step=step, stage=stage, best=best, scores=scores)
+        record = dict(step=step, stage=stage, best=best, scores=scores)
         models.save_checkpoint(out / "checkpoint.pt", networks, optimizers, own, **record)
         if rank == 0 and stage:
             models.save(out / "student.pt", models.pack(student["g_ema"]))
@@ -290,14 +290,14 @@ def build_pair(args, g_ch, d_ch, classes):
     return dict(g=G, d=D, g_ema=copy.deepcopy(G).eval())
 
 
-def check_classes(known, classes, path):
-    """InputError if the classes that networks in path have learnt (None: unknown) are not those of the data."""
+def check_classes(known, classes, name):
+    """InputError if the classes that the network of that name has learnt (None: unknown) are not those of the data."""
     if known is None:
-        say(f"{path}: names no classes; they are taken as 0 {classes[0]}, 1 {classes[1]}, .. {classes[-1]}")
+        say(f"{name}: names no classes; they are taken as 0 {classes[0]}, 1 {classes[1]}, .. {classes[-1]}")
         return
     for number, (theirs, ours) in enumerate(itertools.zip_longest(known, classes)):
         if theirs != ours:
-            raise InputError(f"{path}: its class {number} is {theirs!r}, in --data {ours!r}: labels would be mixed up")
+            raise InputError(f"{name}: its class {number} is {theirs!r}, in --data {ours!r}: labels would be mixed up")
 
 
 def draw_inputs(G, n):

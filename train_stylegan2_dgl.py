@@ -48,7 +48,7 @@ def parse_args(argv):
     option("--mirror", action=argparse.BooleanOptionalAction, default=False, help="flip half of the images, at random")
     option("--cache", metavar="FOLDER", help="where the resized images are kept, 3 SIZE^2 bytes each; OUT")
     option("--toy", action="store_true", help="small networks; without --data synthetic pictures, round faces")
-    option, number = models.add_section(parser, "networks; files that are given keep their own sizes and widths")
+    option, number = models.add_section(parser, "networks; files of ours and NVIDIA's keep their own sizes and widths")
     option("--teacher", nargs=1, metavar="FILE", help="NVIDIA's .pkl, the community's {g, d, g_ema}, our teacher.pt")
     option("--student", nargs=1, metavar="FILE", help="the same, to start from; or our stage1.pt or stage2.pt")
     number("--teacher-width", 1.0, "factor on the channels of the teacher's networks", minimum=1 / 512)
@@ -153,7 +153,7 @@ def train(args, checkpoint):
 
     def save(step, stage):
         own = dict(losses=meter.state())
-        record = dict(script=NAME, step=step, stage=stage, best=best, scores=scores)
+        record = dict(step=step, stage=stage, best=best, scores=scores)
         models.save_checkpoint(out / "checkpoint.pt", networks, optimizers, own, **record)
         if rank == 0 and stage:
             models.save(out / "student.pt", models.pack(student["g_ema"]))
