@@ -924,7 +924,7 @@ def read_networks(paths, names):
             content = dict(zip(names, files, strict=False))
     records = {name: content[name] for name in names if name in content}
     if not records:
-        raise InputError(f"{' '.join(paths)}: expected {', '.join(names)}, a file each, or one with all, as teacher.pt")
+        raise InputError(f"{' '.join(paths)}: expected {', '.join(names)}, a file each, or one with all by name")
     return records
 
 
@@ -955,7 +955,7 @@ def load_generator(path, device="cpu"):
     What the file says besides is in its attribute facts: size (pixels, of training), direction, classes.
     Raises InputError when the file is missing, damaged or something else.
     """
-    record = read_networks([path], ["g_ema"]).get("g_ema", {})
+    record = read_networks([path], ["g_ema"])["g_ema"]
     classes = {cls.__name__: cls for cls in (ResnetGenerator, UnetGenerator, StyleGAN2Generator, BigGANGenerator)}
     try:
         net = classes[record["network"]](**record["config"])
