@@ -924,7 +924,8 @@ def read_networks(paths, names):
             content = dict(zip(names, files, strict=False))
     records = {name: content[name] for name in names if name in content}
     if not records:
-        raise InputError(f"{' '.join(paths)}: expected {', '.join(names)}, a file each, or one with all by name")
+        wanted = f"{', '.join(names)}: a file each, or one of all, DGL's teacher.pt, stage1.pt .., DCD's checkpoint.pt"
+        raise InputError(f"{' '.join(paths)}: expected {wanted}")
     return records
 
 

@@ -469,7 +469,7 @@ models | {bad}/student.pt {bad}/floats/float.tif out | float.tif: its values hav
 models | {bad}/student.pt {bad}/gone out | No such file or directory
 models | {bad}/half.pt a b | half.pt: not a checkpoint, or damaged; copy it again
 models | {bad}/config.pt a b | config.pt: no generator that can be built (TypeError
-models | {bad}/whole.pt a | whole.pt: expected g_ema, a file each, or one with all
+models | {bad}/whole.pt a | whole.pt: expected g_ema: a file each, or one of all
 models | {bad}/pickle.pt a b | it asks for 'posix.system', which no StyleGAN2 needs
 models | missing.pt a b | missing.pt: no such file
 train_cyclegan_dcd | --teacher {bad}/five.pt | the weights of teacher_G: does not fit this ResnetGenerator: 'int' object
