@@ -35,16 +35,16 @@ class DCDLoss(nn.Module):
     the channels that the discriminator reads; phi: the teacher's discriminator up to its last hidden activation.
 
     The teacher's connectors are random projections that never learn: if both sides did, mapping all to zero would
-    be optimal. Save them with the run, and give every process the same. The student's are trained with the student:
+    be optimal. Save them with the run, and broadcast them to all processes. The student's are trained with the student:
     optimise loss.student_connectors.parameters() too.
 
     Args:
         student_channels, teacher_channels: channels of each tap, lists of equal length.
         discriminator_channels: input channels of the discriminator (3; 6 for a conditional one, all from the tap).
-        tap_size: pixels. A tap whose shorter side is smaller is enlarged by the smallest whole factor that reaches it,
+        tap_size: pixels. A tap whose shorter side is smaller is enlarged by the smallest integer that reaches it,
             nearest neighbour: 24 -> 72, 32 -> 64. At the paper's 256x256 a ResNet's taps are 64x64, where a PatchGAN of
             three layers ends in maps of 7x7; from 24x24 it would end in 2x2, and instance norm over four pixels leaves
-            hardly more than signs.
+            little more than signs.
     """
 
     def __init__(self, student_channels, teacher_channels, discriminator_channels=3, tap_size=64):
@@ -74,11 +74,11 @@ class DCDLoss(nn.Module):
         Args:
             student_taps, teacher_taps: lists of feature maps (N, C_i, H_i, W_i), pairs of equal N, H and W.
             phi: the discriminator's feature function, maps (N, discriminator_channels, H, W) -> one tensor of features,
-                each image's from its own maps (no batch norm). The gradient passes through it: freeze its parameters,
-                discriminator.requires_grad_(False), while the student learns, or they gather gradients too.
+                computed image by image (no batch norm). The gradient passes through it: freeze its parameters,
+                discriminator.requires_grad_(False), while the student learns, or they accumulate gradients.
 
-        The gradient reaches the student's taps and connectors, not the teacher's. Raises ValueError for more or fewer
-        taps than connectors, and for pairs of different N, H or W.
+        The gradient reaches the student's taps and connectors, not the teacher's. Raises ValueError for another
+        number of taps than of connectors, and for pairs of different N, H or W.
         """
         loss = 0.0
         for student_connector, teacher_connector, student_tap, teacher_tap in zip(

@@ -48,7 +48,7 @@ def parse_args(argv):
     """Returns the arguments and, when resuming, the checkpoint."""
     parser = models.run_parser(__doc__)
     option, number = models.add_section(parser, "data")
-    option("--data", metavar="IMAGES", help="a folder a class, in a folder or .zip; if moved, give it to --resume")
+    option("--data", metavar="IMAGES", help="a folder a class, in a folder or .zip; moved: give it to --resume")
     option("--size", type=int, choices=(32, 64, 128, 256), help="side of the images, pixels; the teacher's, or 128")
     option("--mirror", action=argparse.BooleanOptionalAction, default=False, help="flip half of the images, at random")
     option("--cache", metavar="FOLDER", help="where the resized images are kept, 3 SIZE^2 bytes each; OUT")
@@ -244,7 +244,7 @@ def train(args, checkpoint):
             if rank == 0 and args.sample_every and (step % args.sample_every == 0 or stage_over or last):
                 save_samples(out / f"samples/stage{stage}_{step:07d}.png", generators, classes, args.seed)
 
-            # Save, and stop if a signal asks for it
+            # Save, before the evaluation, which takes long; stop if a signal asks for it, without the evaluation
             stop_signal = models.stop_asked()
             due = inception is not None and (step % eval_steps == 0 or stage_over or last)
             if rank == 0 and stage_over:
@@ -286,7 +286,7 @@ def build_pair(args, g_ch, d_ch, classes):
     D = BigGANDiscriminator(args.size, d_ch, len(classes), **shape)
     for net in (G, D):
         init_biggan(net, args.init == "orthogonal")
-        net.facts = dict(classes=classes)  # for those who use it
+        net.facts = dict(classes=classes)  # stored with the weights
     return dict(g=G, d=D, g_ema=copy.deepcopy(G).eval())
 
 

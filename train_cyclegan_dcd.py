@@ -2,8 +2,8 @@
 
 A small student generator learns from a large teacher that is trained beside it. Their feature maps are compared not
 pixel by pixel but as the teacher's discriminator D_T sees them: each tapped map goes through a 1x1 connector and D_T.
-D_T also judges the student's images, and learns together with both generators from random weights: a trained one would
-be too strong for the small student.
+D_T also judges the student's images. It starts from random weights and learns together with both: a trained D_T would
+be too strong an opponent for the small student.
 
     python train_cyclegan_dcd.py --toy                                    # no data needed, minutes on a laptop
     python train_cyclegan_dcd.py --data datasets/horse2zebra              # the paper's experiment
@@ -39,13 +39,13 @@ def parse_args(argv):
     """Returns the arguments and, when resuming, the checkpoint."""
     parser = models.run_parser(__doc__)
     option, number = models.add_section(parser, "data")
-    option("--data", metavar="FOLDER", help="holds trainA/ trainB/ testA/ testB/; if moved, give it to --resume")
+    option("--data", metavar="FOLDER", help="holds trainA/ trainB/ testA/ testB/; moved: give it to --resume")
     option("--direction", choices=("AtoB", "BtoA"), default="AtoB", help="which domain is translated into which")
     number("--crop-size", 256, "side of the random crops, pixels, a multiple of 4", minimum=24)
     option("--load-size", type=at_least(24), help="images are first resized to this square; 286/256 of --crop-size")
     option("--toy", action="store_true", help="small networks; without --data synthetic pictures, plain to striped")
-    option, number = models.add_section(parser, "networks; files of ours bring their own widths along")
-    option("--teacher", nargs="+", metavar="FILE", help="trained G [F [D of G's images [D of F's]]], or checkpoint.pt")
+    option, number = models.add_section(parser, "networks; our own files store their widths")
+    option("--teacher", nargs="+", metavar="FILE", help="trained G [F [D_T [D_A]]], or a checkpoint.pt of ours")
     option("--student", nargs=1, metavar="FILE", help="a student.pt or checkpoint.pt of ours to start from")
     option("--teacher-arch", choices=ARCHS, default=ARCHS[0], help="the teacher's generators")
     option("--student-arch", choices=ARCHS, default=ARCHS[0], help="the student's generator")
@@ -60,14 +60,14 @@ def parse_args(argv):
     number("--lambda-feature", 10.0, "student: weight of relu2_2 of VGG16")
     number("--lambda-cycle", 10.0, "teacher: weight of cycle consistency")
     number("--lambda-identity", 0.5, "teacher: identity, as a part of the cycle weight")
-    number("--teacher-every", 4, "student steps per step of the teacher and its D")
+    number("--teacher-every", 4, "student steps per step of the teacher and its discriminators")
     number("--pool-size", 50, "past fakes that the discriminators see again, images", minimum=0)
     option("--distill", choices=("dcd", "pixel"), default="dcd", help="feature maps through D_T or pixel by pixel")
-    number("--tap-size", 64, "smaller feature maps are enlarged for D_T, pixels", minimum=24)
+    number("--tap-size", 64, "shortest side of the maps given to D_T, pixels: smaller ones are enlarged", minimum=24)
     option("--d-fakes", choices=("both", "teacher", "none"), default="both", help="what D_T learns from; none: frozen")
     option("--freeze-teacher", action="store_true", help="leave the teacher's generators as they are; D_T still learns")
     option, number = models.add_section(parser, "optimisation")
-    number("--epochs", 400, "the student's passes through the data at full learning rate")
+    number("--epochs", 400, "the student's passes at full learning rate; the teacher makes one in --teacher-every")
     number("--epochs-decay", 400, "its further passes, the learning rate decaying to 0", minimum=0)
     number("--batch-size", 1, "images per process and step")
     number("--lr", 2e-4, "learning rate of Adam")
@@ -81,7 +81,7 @@ def parse_args(argv):
     if args.freeze_teacher and not args.teacher:
         raise InputError("--freeze-teacher needs a trained --teacher FILE")
     if args.d_fakes == "none" and not args.freeze_teacher:
-        raise InputError("--d-fakes none needs --freeze-teacher: against a frozen D_T no teacher learns")
+        raise InputError("--d-fakes none needs --freeze-teacher: no teacher can learn against a frozen D_T")
     return args, checkpoint
 
 
@@ -93,7 +93,7 @@ def train(args, checkpoint):
     device = fid.pick_device(args.device)
     rank, world = models.start_processes(device, args.amp)
     if args.toy:
-        torch.set_num_threads(1)  # its maps are so small that two threads wait for each other
+        torch.set_num_threads(1)  # its maps are so small that a second thread only adds overhead
     out = Path(args.out)
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=args.amp == "bf16")
     layout = models.fast_layout(device)
@@ -104,8 +104,8 @@ def train(args, checkpoint):
     # Data: A is the source domain, B the target
     dataset, test_A, test_B = open_data(args, checkpoint)
 
-    # Networks: the teacher is a whole CycleGAN. G (the paper's G_T) translates A to B and F back, teacher_D (the
-    # paper's D_T) judges B and D_A judges A
+    # Networks: the teacher is a whole CycleGAN. teacher_G (G, the paper's G_T) translates A to B, teacher_F (F) back,
+    # teacher_D (the paper's D_T) judges B, teacher_D_A (D_A) judges A; student_G is G_S
     torch.manual_seed(args.seed)
     teacher_G = init_weights(build_generator(args.teacher_arch, args.teacher_ngf))
     teacher_F = init_weights(build_generator(args.teacher_arch, args.teacher_ngf))
@@ -114,7 +114,7 @@ def train(args, checkpoint):
     student_G = init_weights(build_generator(args.student_arch, args.student_ngf))
     networks = dict(teacher_G=teacher_G, teacher_F=teacher_F, teacher_D=teacher_D, teacher_D_A=teacher_D_A)
     networks["student_G"] = student_G
-    # Weights from files, which can change widths: so this comes before what is built to fit the networks
+    # Weights from files. A network of another width is rebuilt in place, so load before building what has to fit it
     if checkpoint:
         records = checkpoint["networks"]
     else:
@@ -124,19 +124,19 @@ def train(args, checkpoint):
     if args.d_fakes == "none" and "teacher_D" not in records:
         raise InputError("--d-fakes none: --teacher needs its trained D too")
 
-    # Losses: taps, the feature maps that are compared, are what enters the first residual block and what the blocks
-    # at one, two and three thirds give, four maps of a quarter of the image's side
+    # Losses: taps, the feature maps that are compared, are the input of the first residual block and the outputs of the
+    # third, sixth and ninth, four maps of a quarter of the image's side
     if args.distill == "dcd":
         distill_loss = DCDLoss(student_G.tap_channels, teacher_G.tap_channels, 3, args.tap_size)
     else:
         distill_loss = PixelLoss(student_G.tap_channels, teacher_G.tap_channels)
-    networks["distill_loss"] = distill_loss  # it has the connectors
+    networks["distill_loss"] = distill_loss  # it holds the connectors
     perceptual_loss = None
     if args.lambda_style or args.lambda_feature:
         perceptual_loss = PerceptualLoss(args.vgg).to(device, memory_format=layout)
 
     # The student's moving average, if there is one, is what is evaluated and shipped
-    student_G.facts = dict(size=args.crop_size, direction=args.direction)  # what it translates, for those who use it
+    student_G.facts = dict(size=args.crop_size, direction=args.direction)  # stored with its weights
     shipped = student_G
     if args.ema:
         shipped = networks["student_G_ema"] = copy.deepcopy(student_G).requires_grad_(False)
@@ -162,7 +162,7 @@ def train(args, checkpoint):
     last_step = min(schedule_steps, args.max_steps or schedule_steps)
     first_step, best, scores = 0, math.inf, {}
     meter, pace = Meter(), models.Pace(global_batch, last_step)
-    torch.manual_seed(args.seed + rank)  # each process has random numbers of its own
+    torch.manual_seed(args.seed + rank)  # each process has its own random numbers
     pool_B, pool_A, pool_S = (ImagePool(args.pool_size) for _ in range(3))
 
     # Resume
@@ -191,23 +191,23 @@ def train(args, checkpoint):
         real_A, real_B = map(to_device, next(batches))
         n = len(real_A)  # images of each domain
 
-        # The learning rate is constant, then falls in equal parts, of which the last step has one
+        # The learning rate is constant, then falls linearly, to lr / (decay_steps + 1) at the last step
         steps_left = schedule_steps - step + 1
         lr = args.lr * min(1.0, steps_left / (decay_steps + 1))
         for optimizer in optimizers.values():
             optimizer.param_groups[0]["lr"] = lr
         # The teacher and the discriminators learn at one step in teacher_every, the student at each: the released code
-        # alternates 10 epochs of the teacher with 40 of the student, the same 1 to 4, here interleaved
+        # alternates 10 epochs of the teacher with 40 of the student, the same 1 to 4; here the steps are interleaved
         teacher_step = (step - 1) % args.teacher_every == 0
 
-        # Teacher, x being real_A and y real_B:
+        # Teacher, with x = real_A and y = real_B; |.| is the mean absolute value:
         # E[(D_T(G(x)) - 1)^2] + E[(D_A(F(y)) - 1)^2]
         # + lambda_cycle (|F(G(x)) - x| + |G(F(y)) - y| + lambda_identity (|F(x) - x| + |G(y) - y|))
         teacher_D.requires_grad_(False)  # the discriminators are fixed while the generators learn
         teacher_D_A.requires_grad_(False)
         if teacher_step and not args.freeze_teacher:
             with autocast():
-                # One pass of G for x and y, one of F for y, x and G(x)
+                # One pass of G for x and y, one of F for y, x and G(x), then G(F(y)); instance norm keeps images apart
                 images_B, taps_of_both = teacher_G(torch.cat([real_A, real_B]), taps=True)
                 fake_B, idt_B = images_B[:n], images_B[n:]
                 fake_A, idt_A, rec_A = teacher_F(torch.cat([real_B, real_A, fake_B])).chunk(3)
@@ -217,7 +217,7 @@ def train(args, checkpoint):
             loss_identity = (idt_A - real_A).abs().mean() + (idt_B - real_B).abs().mean()
             take_step(optimizer_G, loss_gan + args.lambda_cycle * (loss_cycle + args.lambda_identity * loss_identity))
             meter.add(G_T_gan=loss_gan, G_T_cycle=loss_cycle, G_T_identity=loss_identity)
-            # The student learns from the same pass of G, as it was before this update
+            # The student learns from this same pass of G, made before the update
             fake_A, fake_B = fake_A.detach(), fake_B.detach()
             teacher_taps = [tap[:n].detach() for tap in taps_of_both]  # those of x
         else:
@@ -243,8 +243,8 @@ def train(args, checkpoint):
         if args.ema:
             update_ema(shipped, student_G, 0.5 ** (global_batch / args.ema))
 
-        # Collaborative discriminator D_T: (E[(D_T(y) - 1)^2] + E[D_T(fake)^2]) / 2, fakes of both generators alike;
-        # and the teacher's D_A in the same way
+        # Collaborative discriminator D_T: (E[(D_T(y) - 1)^2] + E[D_T(fake)^2]) / 2, half of the fakes G's, half G_S's;
+        # and the teacher's D_A in the same way, with F's fakes
         if teacher_step and args.d_fakes != "none":
             teacher_D.requires_grad_(True)
             teacher_D_A.requires_grad_(True)
@@ -274,7 +274,7 @@ def train(args, checkpoint):
         if rank == 0 and args.sample_every and (step % args.sample_every == 0 or last):
             save_samples(out / f"samples/{step:07d}.png", teacher_G, shipped, test_A, test_B)
 
-        # Save, and stop if a signal asks for it
+        # Save, before the evaluation, which takes long; stop if a signal asks for it, without the evaluation
         stop_signal = models.stop_asked()
         due = args.eval_every and (step % (args.eval_every * epoch_steps) == 0 or last)
         if step % args.save_every == 0 or due or last or stop_signal:
@@ -306,8 +306,8 @@ def build_generator(arch, ngf):
 
 @torch.no_grad()
 def evaluate(teacher_G, student_G, test_A, test_B, inception, workers, to_device):
-    """{"student_to_teacher": mean |G_S(x) - G_T(x)|} over the test images, and with an Inception the Fréchet distances
-    of both generators' translations to the real B, "fid_teacher" and "fid_student"."""
+    """{"student_to_teacher": mean |G_S(x) - G_T(x)|} over the test images, and with an Inception network the Fréchet
+    distances of both generators' translations to the real B, "fid_teacher" and "fid_student"."""
 
     def batches(dataset):
         return map(to_device, models.share_batches(dataset, 8, workers))
@@ -328,7 +328,7 @@ def evaluate(teacher_G, student_G, test_A, test_B, inception, workers, to_device
 
 @torch.no_grad()
 def save_samples(path, teacher_G, student_G, test_A, test_B):
-    """Four test images, again from the first where there are fewer: input, teacher, student, a real B."""
+    """Four test images, repeated where there are fewer: input, teacher, student, a real B."""
     device = next(student_G.parameters()).device
     real_A = torch.stack([test_A[i % len(test_A)] for i in range(4)]).to(device)
     real_B = torch.stack([test_B[i % len(test_B)] for i in range(4)])
@@ -341,7 +341,7 @@ def save_samples(path, teacher_G, student_G, test_A, test_B):
 
 
 def open_data(args, checkpoint):
-    """The training set and the test sets of A and B, whichever way --direction turns them; every header is read."""
+    """The training set and the test sets of A and B, swapped as --direction says; checks every header."""
     data = models.data_folder(args, checkpoint, write_toy_dataset)
     source, target = args.direction[0], args.direction[-1]
     train_A, train_B = ImageFiles(data / f"train{source}"), ImageFiles(data / f"train{target}")
@@ -447,7 +447,7 @@ def write_toy_dataset(folder, size=104):
 
 
 class ImagePool:
-    """The last so many fakes: half of the time a discriminator sees an old one, which is replaced by the new."""
+    """Up to size past fakes. Once full, each new fake is, half of the time, swapped for a stored one at random."""
 
     def __init__(self, size):
         self.size, self.images = size, []
@@ -458,7 +458,7 @@ class ImagePool:
         for image in images:
             if len(self.images) < self.size:  # the pool fills up
                 self.images.append(image.clone())
-            elif self.size and torch.rand(()) < 0.5:  # an old one goes out, the new one takes its place
+            elif self.size and torch.rand(()) < 0.5:  # a stored one goes out, the new one takes its place
                 slot = torch.randint(self.size, ()).item()
                 old = self.images[slot]
                 self.images[slot] = image.clone()

@@ -2,8 +2,8 @@
 
 A small student generator learns from a large teacher that is trained beside it. Their feature maps are compared not
 pixel by pixel but as the teacher's discriminator D_T sees them: each tapped map goes through a 1x1 connector and D_T.
-D_T, which reads (input, image) pairs, also judges the student's images, and learns together with both generators from
-random weights: a trained one would be too strong for the small student.
+D_T, which reads (input, image) pairs, also judges the student's images. It starts from random weights and learns with
+both: a trained D_T would be too strong an opponent for the small student.
 
     python train_pix2pix_dcd.py --toy                                     # no data needed, minutes on a laptop
     python train_pix2pix_dcd.py --data datasets/edges2shoes               # the paper's experiment
@@ -40,12 +40,12 @@ def parse_args(argv):
     """Returns the arguments and, when resuming, the checkpoint."""
     parser = models.run_parser(__doc__)
     option, number = models.add_section(parser, "data")
-    option("--data", metavar="FOLDER", help="holds train/ and val/ or test/, of pairs; if moved, give it to --resume")
+    option("--data", metavar="FOLDER", help="holds train/ and val/ or test/, of pairs; moved: give it to --resume")
     option("--direction", choices=("AtoB", "BtoA"), default="AtoB", help="which domain is translated into which")
     number("--crop-size", 256, "side of the random crops, pixels: 4 n, for a U-Net 256 n", minimum=24)
     option("--load-size", type=at_least(24), help="images are first resized to this square; 286/256 of --crop-size")
     option("--toy", action="store_true", help="small networks; without --data synthetic pictures, drawings to solids")
-    option, number = models.add_section(parser, "networks; files of ours bring their own widths along")
+    option, number = models.add_section(parser, "networks; our own files store their widths")
     option("--teacher", nargs="+", metavar="FILE", help="trained G [D], or a checkpoint.pt of ours")
     option("--student", nargs=1, metavar="FILE", help="a student.pt or checkpoint.pt of ours to start from")
     option("--teacher-arch", choices=ARCHS, default=ARCHS[0], help="the teacher's generator")
@@ -60,9 +60,9 @@ def parse_args(argv):
     number("--lambda-style", 1e4, "student: weight of the Gram matrices in VGG16")
     number("--lambda-feature", 10.0, "student: weight of relu2_2 of VGG16")
     number("--lambda-l1", 100.0, "teacher: weight of the L1 distance to the real image")
-    number("--teacher-every", 1, "student steps per step of the teacher and its D")
+    number("--teacher-every", 1, "student steps per step of the teacher and its discriminators")
     option("--distill", choices=("dcd", "pixel"), default="dcd", help="feature maps through D_T or pixel by pixel")
-    number("--tap-size", 64, "smaller feature maps are enlarged for D_T, pixels", minimum=24)
+    number("--tap-size", 64, "shortest side of the maps given to D_T, pixels: smaller ones are enlarged", minimum=24)
     option("--d-fakes", choices=("both", "teacher", "none"), default="both", help="what D_T learns from; none: frozen")
     option("--freeze-teacher", action="store_true", help="leave the teacher's generator as it is; D_T still learns")
     option, number = models.add_section(parser, "optimisation")
@@ -86,7 +86,7 @@ def parse_args(argv):
     if args.freeze_teacher and not args.teacher:
         raise InputError("--freeze-teacher needs a trained --teacher FILE")
     if args.d_fakes == "none" and not args.freeze_teacher:
-        raise InputError("--d-fakes none needs --freeze-teacher: against a frozen D_T no teacher learns")
+        raise InputError("--d-fakes none needs --freeze-teacher: no teacher can learn against a frozen D_T")
     return args, checkpoint
 
 
@@ -98,7 +98,7 @@ def train(args, checkpoint):
     device = fid.pick_device(args.device)
     rank, world = models.start_processes(device, args.amp)
     if args.toy:
-        torch.set_num_threads(1)  # its maps are so small that two threads wait for each other
+        torch.set_num_threads(1)  # its maps are so small that a second thread only adds overhead
     out = Path(args.out)
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=args.amp == "bf16")
     layout = models.fast_layout(device)
@@ -115,7 +115,7 @@ def train(args, checkpoint):
     teacher_D = init_weights(PatchDiscriminator(6, args.ndf))
     student_G = init_weights(build_generator(args.student_arch, args.student_ngf))
     networks = dict(teacher_G=teacher_G, teacher_D=teacher_D, student_G=student_G)
-    # Weights from files, which can change widths: so this comes before what is built to fit the networks
+    # Weights from files. A network of another width is rebuilt in place, so load before building what has to fit it
     if checkpoint:
         records = checkpoint["networks"]
     else:
@@ -130,13 +130,13 @@ def train(args, checkpoint):
         distill_loss = DCDLoss(student_G.tap_channels, teacher_G.tap_channels, 6, args.tap_size)
     else:
         distill_loss = PixelLoss(student_G.tap_channels, teacher_G.tap_channels)
-    networks["distill_loss"] = distill_loss  # it has the connectors
+    networks["distill_loss"] = distill_loss  # it holds the connectors
     perceptual_loss = None
     if args.lambda_style or args.lambda_feature:
         perceptual_loss = PerceptualLoss(args.vgg).to(device, memory_format=layout)
 
     # The student's moving average, if there is one, is what is evaluated and shipped
-    student_G.facts = dict(size=args.crop_size, direction=args.direction)  # what it translates, for those who use it
+    student_G.facts = dict(size=args.crop_size, direction=args.direction)  # stored with its weights
     shipped = student_G
     if args.ema:
         shipped = networks["student_G_ema"] = copy.deepcopy(student_G).requires_grad_(False)
@@ -162,7 +162,7 @@ def train(args, checkpoint):
     last_step = min(schedule_steps, args.max_steps or schedule_steps)
     first_step, best, scores = 0, math.inf, {}
     meter, pace = Meter(), models.Pace(global_batch, last_step)
-    torch.manual_seed(args.seed + rank)  # each process has random numbers of its own
+    torch.manual_seed(args.seed + rank)  # each process has its own random numbers
 
     # Resume
     if checkpoint:
@@ -185,7 +185,7 @@ def train(args, checkpoint):
     pace.restart(first_step)
     for step in range(first_step + 1, last_step + 1):
         real_A, real_B = map(to_device, next(batches))
-        # The learning rate is constant, then falls in equal parts, of which the last step has one
+        # The learning rate is constant, then falls linearly, to lr / (decay_steps + 1) at the last step
         steps_left = schedule_steps - step + 1
         lr = args.lr * min(1.0, steps_left / (decay_steps + 1))
         for optimizer in optimizers.values():
@@ -253,7 +253,7 @@ def train(args, checkpoint):
         if rank == 0 and args.sample_every and (step % args.sample_every == 0 or last):
             save_samples(out / f"samples/{step:07d}.png", teacher_G, shipped, test_set)
 
-        # Save, and stop if a signal asks for it
+        # Save, before the evaluation, which takes long; stop if a signal asks for it, without the evaluation
         stop_signal = models.stop_asked()
         due = args.eval_every and (step % (args.eval_every * epoch_steps) == 0 or last)
         if step % args.save_every == 0 or due or last or stop_signal:
@@ -286,8 +286,8 @@ def build_generator(arch, ngf):
 @torch.no_grad()
 def evaluate(teacher_G, student_G, test_set, inception, workers, to_device):
     """{"mae_teacher": mean |G_T(x) - y|, "psnr_teacher": dB, the same of the student, "student_to_teacher": mean
-    |G_S(x) - G_T(x)|} over the test pairs, and with an Inception the Fréchet distances "fid_teacher", "fid_student".
-    """
+    |G_S(x) - G_T(x)|} over the test pairs, and with an Inception network the Fréchet distances "fid_teacher"
+    and "fid_student"."""
 
     def pairs():
         for real_A, real_B in models.share_batches(test_set, 8, workers):
@@ -322,7 +322,7 @@ def psnr(image, target):
 
 @torch.no_grad()
 def save_samples(path, teacher_G, student_G, test_set):
-    """Four test pairs, again from the first where there are fewer: input, teacher, student, the real B."""
+    """Four test pairs, repeated where there are fewer: input, teacher, student, the real B."""
     device = next(student_G.parameters()).device
     pairs = [test_set[i % len(test_set)] for i in range(4)]
     real_A = torch.stack([pair[0] for pair in pairs]).to(device)
@@ -336,7 +336,7 @@ def save_samples(path, teacher_G, student_G, test_set):
 
 
 def open_data(args, checkpoint):
-    """The training set and the test set; every header is read."""
+    """The training set and the test set; checks every header."""
     data = models.data_folder(args, checkpoint, write_toy_dataset)
     test_folder = data / "val"
     if not test_folder.exists():

@@ -43,12 +43,12 @@ def parse_args(argv):
     """Returns the arguments and, when resuming, the checkpoint."""
     parser = models.run_parser(__doc__)
     option, number = models.add_section(parser, "data")
-    option("--data", metavar="IMAGES", help="a folder or .zip, searched through; if moved, give it to --resume")
+    option("--data", metavar="IMAGES", help="a folder or .zip, searched through; moved: give it to --resume")
     option("--size", type=int, choices=SIZES, help="side of the images, pixels; the teacher's, or 256")
     option("--mirror", action=argparse.BooleanOptionalAction, default=False, help="flip half of the images, at random")
     option("--cache", metavar="FOLDER", help="where the resized images are kept, 3 SIZE^2 bytes each; OUT")
     option("--toy", action="store_true", help="small networks; without --data synthetic pictures, round faces")
-    option, number = models.add_section(parser, "networks; files of ours and NVIDIA's keep their own sizes and widths")
+    option, number = models.add_section(parser, "networks; our own files and NVIDIA's store their sizes and widths")
     option("--teacher", nargs=1, metavar="FILE", help="NVIDIA's .pkl, the community's {g, d, g_ema}, our teacher.pt")
     option("--student", nargs=1, metavar="FILE", help="the same, to start from; or our stage1.pt or stage2.pt")
     number("--teacher-width", 1.0, "factor on the channels of the teacher's networks", minimum=1 / 512)
@@ -95,7 +95,7 @@ def train(args, checkpoint):
     device = fid.pick_device(args.device)
     rank, world = models.start_processes(device, args.amp)
     if args.toy:
-        torch.set_num_threads(1)  # its maps are so small that two threads wait for each other
+        torch.set_num_threads(1)  # its maps are so small that a second thread only adds overhead
     out = Path(args.out)
     bf16 = args.amp == "bf16" or (args.amp == "auto" and models.has_bf16(device))
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
@@ -245,7 +245,7 @@ def train(args, checkpoint):
             if rank == 0 and args.sample_every and (step % args.sample_every == 0 or stage_over or last):
                 save_samples(out / f"samples/stage{stage}_{step:07d}.png", generators, args.seed)
 
-            # Save, and stop if a signal asks for it
+            # Save, before the evaluation, which takes long; stop if a signal asks for it, without the evaluation
             stop_signal = models.stop_asked()
             due = inception is not None and (step % eval_steps == 0 or stage_over or last)
             if rank == 0 and stage_over:
