@@ -48,7 +48,7 @@ def parse_args(argv):
     """Returns the arguments and, when resuming, the checkpoint."""
     parser = models.run_parser(__doc__)
     option, number = models.add_section(parser, "data")
-    option("--data", metavar="IMAGES", help="a folder a class, in a folder or .zip; moved: give it to --resume")
+    option("--data", metavar="IMAGES", help="a folder a class, in a folder or .zip; with --resume if it has moved")
     option("--size", type=int, choices=(32, 64, 128, 256), help="side of the images, pixels; the teacher's, or 128")
     option("--mirror", action=argparse.BooleanOptionalAction, default=False, help="flip half of the images, at random")
     option("--cache", metavar="FOLDER", help="where the resized images are kept, 3 SIZE^2 bytes each; OUT")

@@ -39,7 +39,7 @@ def parse_args(argv):
     """Returns the arguments and, when resuming, the checkpoint."""
     parser = models.run_parser(__doc__)
     option, number = models.add_section(parser, "data")
-    option("--data", metavar="FOLDER", help="holds trainA/ trainB/ testA/ testB/; moved: give it to --resume")
+    option("--data", metavar="FOLDER", help="holds trainA/ trainB/ testA/ testB/; with --resume if it has moved")
     option("--direction", choices=("AtoB", "BtoA"), default="AtoB", help="which domain is translated into which")
     number("--crop-size", 256, "side of the random crops, pixels, a multiple of 4", minimum=24)
     option("--load-size", type=at_least(24), help="images are first resized to this square; 286/256 of --crop-size")

@@ -43,7 +43,7 @@ def parse_args(argv):
     """Returns the arguments and, when resuming, the checkpoint."""
     parser = models.run_parser(__doc__)
     option, number = models.add_section(parser, "data")
-    option("--data", metavar="IMAGES", help="a folder or .zip, searched through; moved: give it to --resume")
+    option("--data", metavar="IMAGES", help="a folder or .zip, searched through; with --resume if it has moved")
     option("--size", type=int, choices=SIZES, help="side of the images, pixels; the teacher's, or 256")
     option("--mirror", action=argparse.BooleanOptionalAction, default=False, help="flip half of the images, at random")
     option("--cache", metavar="FOLDER", help="where the resized images are kept, 3 SIZE^2 bytes each; OUT")
