@@ -477,7 +477,8 @@ class ImageFiles:
             raise InputError(f"{source}: no images in it, {self.others} other files; known: {' '.join(EXTENSIONS)}")
 
     def __str__(self):
-        return f"{self.source}: {len(self)} images, {self.others} other files"
+        left_out = f", {self.others} other files left out" if self.others else ""
+        return f"{self.source}: {len(self)} images{left_out}"
 
     def __len__(self):
         return len(self.names)
