@@ -851,7 +851,8 @@ def save(path, content):
 
 def pack(net):
     """What a file of ours holds of a network: its weights, how to build it again, and facts for those who use it."""
-    record = dict(network=type(net).__name__, state_dict=net.state_dict(), facts=getattr(net, "facts", {}))
+    state_dict = {key: value.cpu() for key, value in net.state_dict().items()}
+    record = dict(network=type(net).__name__, state_dict=state_dict, facts=getattr(net, "facts", {}))
     if hasattr(net, "config"):
         record["config"] = net.config
     return record
@@ -879,12 +880,16 @@ def load_weights(net, record, source):
 
     Args:
         record: what pack returns, and net becomes a network of that configuration; or a bare state dict that fits net.
-        source: named in the message of the InputError for another class, for a configuration that cannot be built, and
-            for the first parameter that does not fit.
+        source: named in the message of the InputError for another class, script or direction (if net.facts say which),
+            for a configuration that cannot be built, and for the first parameter that does not fit.
     """
     name, config = type(net).__name__, record.get("config")
     if record.get("network", name) != name:
         raise InputError(f"{source}: holds a {record['network']}, expected a {name}: choose its architecture")
+    facts = getattr(net, "facts", {})
+    for fact in {"script", "direction"} & facts.keys() & record.get("facts", {}).keys():
+        if record["facts"][fact] != facts[fact]:
+            raise InputError(f"{source}: their {fact} is {record['facts'][fact]}, expected {facts[fact]}")
     try:
         if config is not None and config != net.config:
             training = net.training
@@ -927,6 +932,18 @@ def read_networks(paths, names):
         wanted = f"{', '.join(names)}: a file each, or one of all, DGL's teacher.pt, stage1.pt .., DCD's checkpoint.pt"
         raise InputError(f"{' '.join(paths)}: expected {wanted}")
     return records
+
+
+def check_stages(args):
+    """Settles the stages of a DGL script, what is given being trained already; InputError if they cannot be."""
+    if args.teacher:
+        args.teacher_kimg = 0.0
+    if args.student:
+        args.stage1_kimg = 0.0
+    if not (args.teacher_kimg or args.stage1_kimg or args.stage2_kimg):
+        raise InputError("--teacher-kimg, --stage1-kimg and --stage2-kimg are all 0: nothing to train")
+    if args.stage2_kimg and not (args.teacher or args.teacher_kimg):
+        raise InputError("stage 2 needs a teacher: give --teacher FILE or a --teacher-kimg, or --stage2-kimg 0")
 
 
 def read_given(args):

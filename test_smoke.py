@@ -454,6 +454,7 @@ train_cyclegan_dcd | --teacher {bad}/code.pt | only plain tensors are loaded
 train_cyclegan_dcd | --teacher {bad}/pickle.pt | it asks for 'posix.system'
 train_cyclegan_dcd | --teacher {bad}/narrow.pt | size mismatch for model.1.weight
 train_pix2pix_dcd | --teacher {bad}/narrow.pt --teacher-ngf 2 --freeze-teacher --d-fakes none | trained D too
+train_cyclegan_dcd | --student {bad}/facts.pt --direction BtoA | their direction is AtoB, expected BtoA
 train_pix2pix_dcd | --data {bad}/odd | 0.png is 201x100 pixels
 train_stylegan2_dgl | --teacher-kimg 0 | stage 2 needs a teacher
 train_stylegan2_dgl | --teacher-kimg 0 --teacher {bad}/pair.pt --size 16 | its images are of 8 pixels, not of 16
@@ -491,6 +492,9 @@ def bad(data, tmp_path_factory):
     torch.save({"state_dict": 5}, root / "five.pt")
     torch.save({"networks": {"teacher_g_ema": {}}}, root / "whole.pt")
     models.save(root / "student.pt", models.pack(ResnetGenerator(ngf=2)))
+    G = ResnetGenerator(ngf=2, separable=True)
+    G.facts = dict(direction="AtoB")
+    models.save(root / "facts.pt", models.pack(G))
     (root / "half.pt").write_bytes((root / "student.pt").read_bytes()[:500])
     models.save(root / "pair.pt", dict(d=models.pack(StyleGAN2Discriminator(8, width=0.01))))
     D = BigGANDiscriminator(32, 2, 2, None)

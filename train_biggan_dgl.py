@@ -84,14 +84,7 @@ def parse_args(argv):
     parser.set_defaults(log_every=10, sample_every=250, save_every=100)  # a step has 2048 images
 
     args, checkpoint = models.parse_run(parser, argv, NAME, TOY, BUDGETS)
-    if args.teacher:  # what is given is trained already
-        args.teacher_kimg = 0.0
-    if args.student:
-        args.stage1_kimg = 0.0
-    if not (args.teacher_kimg or args.stage1_kimg or args.stage2_kimg):
-        raise InputError("--teacher-kimg, --stage1-kimg and --stage2-kimg are all 0: nothing to train")
-    if args.stage2_kimg and not (args.teacher or args.teacher_kimg):
-        raise InputError("stage 2 needs a teacher: give --teacher FILE or a --teacher-kimg, or --stage2-kimg 0")
+    models.check_stages(args)
     return args, checkpoint
 
 

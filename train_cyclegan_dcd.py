@@ -114,6 +114,8 @@ def train(args, checkpoint):
     student_G = init_weights(build_generator(args.student_arch, args.student_ngf))
     networks = dict(teacher_G=teacher_G, teacher_F=teacher_F, teacher_D=teacher_D, teacher_D_A=teacher_D_A)
     networks["student_G"] = student_G
+    # What they translate is stored with their weights
+    teacher_G.facts = student_G.facts = dict(script=NAME, size=args.crop_size, direction=args.direction)
     # Weights from files. A network of another width is rebuilt in place, so load before building what has to fit it
     if checkpoint:
         records = checkpoint["networks"]
@@ -136,7 +138,6 @@ def train(args, checkpoint):
         perceptual_loss = PerceptualLoss(args.vgg).to(device, memory_format=layout)
 
     # The student's moving average, if there is one, is what is evaluated and shipped
-    student_G.facts = dict(size=args.crop_size, direction=args.direction)  # stored with its weights
     shipped = student_G
     if args.ema:
         shipped = networks["student_G_ema"] = copy.deepcopy(student_G).requires_grad_(False)

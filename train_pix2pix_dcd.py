@@ -115,6 +115,8 @@ def train(args, checkpoint):
     teacher_D = init_weights(PatchDiscriminator(6, args.ndf))
     student_G = init_weights(build_generator(args.student_arch, args.student_ngf))
     networks = dict(teacher_G=teacher_G, teacher_D=teacher_D, student_G=student_G)
+    # What they translate is stored with their weights
+    teacher_G.facts = student_G.facts = dict(script=NAME, size=args.crop_size, direction=args.direction)
     # Weights from files. A network of another width is rebuilt in place, so load before building what has to fit it
     if checkpoint:
         records = checkpoint["networks"]
@@ -136,7 +138,6 @@ def train(args, checkpoint):
         perceptual_loss = PerceptualLoss(args.vgg).to(device, memory_format=layout)
 
     # The student's moving average, if there is one, is what is evaluated and shipped
-    student_G.facts = dict(size=args.crop_size, direction=args.direction)  # stored with its weights
     shipped = student_G
     if args.ema:
         shipped = networks["student_G_ema"] = copy.deepcopy(student_G).requires_grad_(False)
@@ -185,6 +186,7 @@ def train(args, checkpoint):
     pace.restart(first_step)
     for step in range(first_step + 1, last_step + 1):
         real_A, real_B = map(to_device, next(batches))
+
         # The learning rate is constant, then falls linearly, to lr / (decay_steps + 1) at the last step
         steps_left = schedule_steps - step + 1
         lr = args.lr * min(1.0, steps_left / (decay_steps + 1))
@@ -200,7 +202,7 @@ def train(args, checkpoint):
             fake_B, teacher_taps = teacher_G(real_A, taps=True)
         fake_S, student_taps = student_G(real_A, taps=True)
 
-        # Collaborative discriminator D_T, x being real_A, y real_B and the fakes those of both generators:
+        # Collaborative discriminator D_T, with x = real_A, y = real_B, half of the fakes G's, half G_S's:
         # (E[max(0, 1 - D_T(x, y))] + E[max(0, 1 + D_T(x, fake))]) / 2
         if teacher_step and args.d_fakes != "none":
             teacher_D.requires_grad_(True)
