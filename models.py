@@ -48,6 +48,11 @@ class InputError(ValueError):
     """Bad input: a message of one line that says what was found, where, and what to do."""
 
 
+def arguments(scope):
+    """Of the locals() that an __init__ begins with its arguments by name: with them the network is built again."""
+    return {name: value for name, value in scope.items() if name not in ("self", "__class__")}
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Image-to-image generators and the PatchGAN discriminator (CycleGAN, Pix2Pix, DCD)
 
@@ -63,7 +68,9 @@ class InstanceNorm(nn.Module):
         """(N, C, H, W) -> the same shape; ValueError for maps of a single pixel."""
         if len(x) == 1:
             return F.batch_norm(x, None, None, training=True)
-        return F.instance_norm(x) if x.is_cuda else torch.cat([self(image) for image in x.split(1)])
+        if x.is_cuda:
+            return F.instance_norm(x)
+        return torch.cat([self(image) for image in x.split(1)])
 
 
 class SeparableConv(nn.Module):
@@ -115,7 +122,7 @@ class ResnetGenerator(nn.Module):
 
     def __init__(self, ngf=64, separable=False):
         super().__init__()
-        self.config = dict(ngf=ngf, separable=separable)
+        self.config = arguments(locals())
         layers = [nn.ReflectionPad2d(3), nn.Conv2d(3, ngf, 7), InstanceNorm(), nn.ReLU()]
         for channels in (ngf, 2 * ngf):
             layers += [nn.Conv2d(channels, 2 * channels, 3, stride=2, padding=1), InstanceNorm(), nn.ReLU()]
@@ -179,7 +186,7 @@ class UnetGenerator(nn.Module):
 
     def __init__(self, ngf=64):
         super().__init__()
-        self.config = dict(ngf=ngf)
+        self.config = arguments(locals())
         block = UnetBlock(8 * ngf, 8 * ngf)
         for outer in (8 * ngf, 8 * ngf, 8 * ngf, 4 * ngf, 2 * ngf, ngf):
             block = UnetBlock(outer, min(2 * outer, 8 * ngf), block)
@@ -196,7 +203,8 @@ class UnetGenerator(nn.Module):
         conv_inputs = []
         image = self.model(x, conv_inputs)
         # The down-convolutions of levels 1, 2, .. 8 run first, then the up-convolutions of levels 8, .. 2, 1
-        return (image, [conv_inputs[i] for i in (2, 4, 12, 14)]) if taps else image
+        tapped = [conv_inputs[i] for i in (2, 4, 12, 14)]
+        return (image, tapped) if taps else image
 
 
 class PatchDiscriminator(nn.Module):
@@ -209,7 +217,7 @@ class PatchDiscriminator(nn.Module):
 
     def __init__(self, in_channels=3, ndf=64):
         super().__init__()
-        self.config = dict(in_channels=in_channels, ndf=ndf)
+        self.config = arguments(locals())
         layers = [nn.Conv2d(in_channels, ndf, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for channels, stride in ((ndf, 2), (2 * ndf, 2), (4 * ndf, 1)):
             layers += [nn.Conv2d(channels, 2 * channels, 4, stride, padding=1), InstanceNorm(), nn.LeakyReLU(0.2)]
@@ -291,7 +299,8 @@ class BiasLeakyReLU(nn.Module):
         self.clamp = clamp
 
     def forward(self, x):
-        x = F.leaky_relu(x + self.bias.to(x.dtype).view(1, -1, 1, 1), 0.2) * math.sqrt(2)
+        bias = self.bias.to(x.dtype)[:, None, None]
+        x = F.leaky_relu(x + bias, 0.2) * math.sqrt(2)
         return x if self.clamp is None else x.clamp(-self.clamp, self.clamp)
 
 
@@ -342,31 +351,25 @@ class ModulatedConv2d(nn.Module):
             x = F.conv2d(x, weight, padding=self.padding)
         if self.demodulate:
             with disable_autocast(x):
-                demodulation = torch.rsqrt(style.square() @ weight.square().sum((2, 3)).t() + 1e-8)
+                power = weight.square().sum((2, 3))  # (out, in)
+                demodulation = torch.rsqrt(style.square() @ power.t() + 1e-8)
             x = x * demodulation.to(x.dtype)[:, :, None, None]
         return x
 
 
-class NoiseInjection(nn.Module):
-    """Adds noise, the same for all channels, with a learned strength."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1))
-
-    def forward(self, x, noise):
-        return x + (self.weight * noise).to(x.dtype)
-
-
 class StyledConv(nn.Module):
+    """Modulated convolution, noise of a learned strength that all channels share, bias and leaky ReLU."""
+
     def __init__(self, in_channels, out_channels, style_dim, upsample=False, clamp=None):
         super().__init__()
         self.conv = ModulatedConv2d(in_channels, out_channels, 3, style_dim, upsample=upsample)
-        self.noise = NoiseInjection()
+        self.noise = nn.ParameterDict(dict(weight=torch.zeros(1)))
         self.activate = BiasLeakyReLU(out_channels, clamp)
 
     def forward(self, x, style, noise):
-        return self.activate(self.noise(self.conv(x, style), noise))
+        x = self.conv(x, style)
+        noise = self.noise.weight * noise
+        return self.activate(x + noise.to(x.dtype))
 
 
 class ToRGB(nn.Module):
@@ -387,18 +390,16 @@ class ToRGB(nn.Module):
         return rgb if skip is None else rgb + self.upsample(skip)
 
 
-class ConstantInput(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.input = nn.Parameter(torch.randn(1, channels, 4, 4))
-
-
 def stylegan2_channels(size, channel_multiplier, width):
     """Channels at each resolution 4..size of StyleGAN2 config f (channel_multiplier 2), scaled by width."""
     if size not in (8, 16, 32, 64, 128, 256, 512, 1024):
         raise ValueError(f"size is {size}, expected a power of two from 8 to 1024")
-    full = {4: 512, 8: 512, 16: 512, 32: 512} | {r: 16384 // r * channel_multiplier for r in (64, 128, 256, 512, 1024)}
-    return {r: max(1, round(c * width)) for r, c in full.items() if r <= size}
+    channels = {}
+    for exponent in range(2, size.bit_length()):
+        resolution = 2**exponent
+        full = 512 if resolution <= 32 else 16384 // resolution * channel_multiplier
+        channels[resolution] = max(1, round(full * width))
+    return channels
 
 
 class StyleGAN2Generator(nn.Module):
@@ -416,13 +417,12 @@ class StyleGAN2Generator(nn.Module):
 
     def __init__(self, size, style_dim=512, n_mlp=8, channel_multiplier=2, width=1.0, conv_clamp=None):
         super().__init__()
-        self.config = dict(size=size, style_dim=style_dim, n_mlp=n_mlp)
-        self.config |= dict(channel_multiplier=channel_multiplier, width=width, conv_clamp=conv_clamp)
+        self.config = arguments(locals())
         channels = stylegan2_channels(size, channel_multiplier, width)
         self.style_dim = style_dim
         mapping = [EqualLinear(style_dim, style_dim, lr_multiplier=0.01, activate=True) for _ in range(n_mlp)]
         self.style = nn.Sequential(PixelNorm(), *mapping)
-        self.input = ConstantInput(channels[4])
+        self.input = nn.ParameterDict(dict(input=torch.randn(1, channels[4], 4, 4)))
         self.conv1 = StyledConv(channels[4], channels[4], style_dim, clamp=conv_clamp)
         self.to_rgb1 = ToRGB(channels[4], style_dim, upsample=False, clamp=conv_clamp)
         self.convs, self.to_rgbs, self.noises = nn.ModuleList(), nn.ModuleList(), nn.Module()
@@ -457,14 +457,14 @@ class StyleGAN2Generator(nn.Module):
         first, second = w.chunk(2)
         return torch.cat([first[:, :index], second[:, index:]], 1)
 
-    def synthesis(self, latents, noise="random"):
-        """w (N, n_latent, style_dim) -> images (N, 3, size, size); noise "random" or "fixed" (the buffers)."""
-        if noise not in ("random", "fixed"):
-            raise ValueError(f"noise is {noise!r}, expected 'random' or 'fixed'")
+    def synthesis(self, latents, fixed_noise=False):
+        """w (N, n_latent, style_dim) -> images (N, 3, size, size); fixed_noise: the buffers, not random numbers."""
 
         def layer_noise(n):
-            buffer = getattr(self.noises, f"noise_{n}")
-            return buffer.new_empty(len(latents), *buffer.shape[1:]).normal_() if noise == "random" else buffer
+            buffer = self.noises.get_buffer(f"noise_{n}")
+            if fixed_noise:
+                return buffer
+            return torch.randn(len(latents), *buffer.shape[1:], dtype=buffer.dtype, device=buffer.device)
 
         x = self.input.input.repeat(len(latents), 1, 1, 1)
         x = x.contiguous(memory_format=fast_layout(x.device))
@@ -476,22 +476,22 @@ class StyleGAN2Generator(nn.Module):
             image = to_rgb(x, latents[:, 2 * i + 3], image)
         return image
 
-    def forward(self, z, truncation=1.0, mean_latent=None, noise="random"):
+    def forward(self, z, truncation=1.0, mean_latent=None, fixed_noise=False):
         """Latents -> images (N, 3, size, size), trained towards [-1, 1] but not bounded.
 
         Args:
             z: (N, style_dim) from N(0, 1), or a list of two for style mixing. For w see synthesis.
             truncation: moves w towards mean_latent: mean + truncation * (w - mean).
-            noise: "random" or "fixed".
+            fixed_noise: the same noise for all images, that of the buffers.
 
-        Raises ValueError for another noise, and for truncation without mean_latent.
+        Raises ValueError for truncation without mean_latent.
         """
         if truncation != 1 and mean_latent is None:
             raise ValueError(f"truncation {truncation} needs mean_latent: pass generator.mean_latent()")
         latents = self.mapping(z)
         if truncation != 1:
             latents = mean_latent + truncation * (latents - mean_latent)
-        return self.synthesis(latents, noise)
+        return self.synthesis(latents, fixed_noise)
 
 
 def conv_layer(in_channels, out_channels, kernel_size, downsample=False, activate=True, clamp=None):
@@ -529,8 +529,7 @@ class StyleGAN2Discriminator(nn.Module):
 
     def __init__(self, size, channel_multiplier=2, width=1.0, conv_clamp=None, mbstd_group=4):
         super().__init__()
-        self.config = dict(size=size, channel_multiplier=channel_multiplier, width=width)
-        self.config |= dict(conv_clamp=conv_clamp, mbstd_group=mbstd_group)
+        self.config = arguments(locals())
         self.mbstd_group = mbstd_group
         channels = stylegan2_channels(size, channel_multiplier, width)
         falling = sorted(channels, reverse=True)
@@ -616,12 +615,15 @@ class SelfAttention(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(()))
 
     def forward(self, x):
-        maps = self.theta(x), F.max_pool2d(self.phi(x), 2), F.max_pool2d(self.g(x), 2)
-        query, key, value = (m.flatten(2).mT.unsqueeze(1) for m in maps)  # (N, 1, positions, channels)
+        query = self.theta(x)
+        key = F.max_pool2d(self.phi(x), 2)
+        value = F.max_pool2d(self.g(x), 2)
+        query, key, value = (m.flatten(2).mT.unsqueeze(1) for m in (query, key, value))  # (N, 1, positions, channels)
         if query.is_cuda:  # fast kernels take multiples of 8 channels, and zeros change nothing
             query, key = (F.pad(x, (0, -x.shape[3] % 8)) for x in (query, key))
         attended = F.scaled_dot_product_attention(query, key, value, scale=1.0)
-        return x + self.gamma * self.o(attended.mT.reshape(len(x), -1, *x.shape[2:]))
+        attended = attended.mT.reshape(len(x), -1, *x.shape[2:])
+        return x + self.gamma * self.o(attended)
 
 
 class ConditionalBatchNorm(nn.Module):
@@ -629,13 +631,16 @@ class ConditionalBatchNorm(nn.Module):
 
     def __init__(self, channels, make_map):
         super().__init__()
-        self.gain, self.bias = make_map(channels), make_map(channels)
+        self.gain = make_map(channels)
+        self.bias = make_map(channels)
         self.register_buffer("stored_mean", torch.zeros(channels))
         self.register_buffer("stored_var", torch.ones(channels))
 
     def forward(self, x, v):
-        gain, bias = (m.to(x.dtype)[:, :, None, None] for m in (1 + self.gain(v), self.bias(v)))
-        return F.batch_norm(x, self.stored_mean, self.stored_var, training=self.training) * gain + bias
+        normalised = F.batch_norm(x, self.stored_mean, self.stored_var, training=self.training)
+        gain = (1 + self.gain(v)).to(x.dtype)
+        bias = self.bias(v).to(x.dtype)
+        return normalised * gain[:, :, None, None] + bias[:, :, None, None]
 
 
 class OutputBatchNorm(nn.Module):
@@ -643,7 +648,8 @@ class OutputBatchNorm(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.gain, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+        self.gain = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
         self.register_buffer("stored_mean", torch.zeros(channels))
         self.register_buffer("stored_var", torch.ones(channels))
 
@@ -723,8 +729,7 @@ class BigGANGenerator(nn.Module):
         self, size, ch=96, n_classes=1000, dim_z=120, shared_dim=128, hierarchical=True, attention=64, sn_eps=1e-6
     ):
         super().__init__()
-        self.config = dict(size=size, ch=ch, n_classes=n_classes, dim_z=dim_z, shared_dim=shared_dim)
-        self.config |= dict(hierarchical=hierarchical, attention=attention, sn_eps=sn_eps)
+        self.config = arguments(locals())
         if hierarchical and not shared_dim:
             raise InputError("hierarchical needs a shared embedding: --shared-dim, or --no-hierarchical")
         (start, *widths), _ = biggan_channels(size, ch)
@@ -756,7 +761,9 @@ class BigGANGenerator(nn.Module):
         """
         v = y if y.is_floating_point() else self.shared(y)
         first, *chunks = z.chunk(self.n_chunks, 1)
-        conditions = [torch.cat([v, chunk], 1) for chunk in chunks] or [v] * len(self.blocks)
+        conditions = [v] * len(self.blocks)
+        if chunks:
+            conditions = [torch.cat([v, chunk], 1) for chunk in chunks]
         x = self.linear(first).view(len(z), -1, 4, 4)
         for layers, condition in zip(self.blocks, conditions, strict=True):
             x = layers[0](x, condition)
@@ -770,7 +777,7 @@ class BigGANDiscriminator(nn.Module):
 
     def __init__(self, size, ch=96, n_classes=1000, attention=64, sn_eps=1e-6):
         super().__init__()
-        self.config = dict(size=size, ch=ch, n_classes=n_classes, attention=attention, sn_eps=sn_eps)
+        self.config = arguments(locals())
         _, widths = biggan_channels(size, ch)
         halvings = 2 if size == 32 else len(widths) - 1
         self.blocks = nn.Sequential()
@@ -795,7 +802,10 @@ def init_biggan(net, orthogonal=True):
     """Initialises all weights but biases: orthogonal (ImageNet), or from N(0, 0.02) (CIFAR)."""
     for module in net.modules():
         if isinstance(module, (SpectralLayer, nn.Embedding)):
-            nn.init.orthogonal_(module.weight) if orthogonal else nn.init.normal_(module.weight, 0.0, 0.02)
+            if orthogonal:
+                nn.init.orthogonal_(module.weight)
+            else:
+                nn.init.normal_(module.weight, 0.0, 0.02)
     return net
 
 
@@ -833,20 +843,18 @@ def load_file(path):
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it asks for {found[1]}, and only plain tensors are loaded" if found else "damaged, or something else"
-        raise InputError(f"{path}: not a checkpoint that can be trusted: {reason}") from error
     except Exception as error:  # torch raises nearly anything on a file of another kind
-        raise InputError(f"{path}: not a checkpoint, or damaged; copy it again ({type(error).__name__})") from error
+        reason = f"damaged, or more than plain tensors, of which nothing is run ({type(error).__name__})"
+        raise InputError(f"{path}: not a checkpoint: {reason}; copy it again") from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise InputError(f"{path}: expected a checkpoint, names to tensors, found {type(content).__name__}")
     return content
 
 
 def save(path, content):
-    """Writes what load_file reads: pack(net), or a dictionary of such, as teacher.pt is one: {"g", "d", "g_ema"}."""
-    write_atomically(path, lambda file: torch.save(content, file))
+    """On rank 0, writes what load_file reads: pack(net), or several by name, as teacher.pt: {"g", "d", "g_ema"}."""
+    if processes()[0] == 0:
+        write_atomically(path, lambda file: torch.save(content, file))
 
 
 def pack(net):
@@ -886,10 +894,10 @@ def load_weights(net, record, source):
     name, config = type(net).__name__, record.get("config")
     if record.get("network", name) != name:
         raise InputError(f"{source}: holds a {record['network']}, expected a {name}: choose its architecture")
-    facts = getattr(net, "facts", {})
-    for fact in {"script", "direction"} & facts.keys() & record.get("facts", {}).keys():
-        if record["facts"][fact] != facts[fact]:
-            raise InputError(f"{source}: their {fact} is {record['facts'][fact]}, expected {facts[fact]}")
+    theirs, ours = record.get("facts", {}), getattr(net, "facts", {})
+    for fact in ("script", "direction"):
+        if fact in theirs and fact in ours and theirs[fact] != ours[fact]:
+            raise InputError(f"{source}: their {fact} is {theirs[fact]}, expected {ours[fact]}")
     try:
         if config is not None and config != net.config:
             training = net.training
@@ -962,7 +970,8 @@ def read_given(args):
             config = record.get("config", {})
             if args.size not in (None, config.get("size", args.size)):
                 raise InputError(f"--{role}: its images are of {config['size']} pixels, not of {args.size}")
-            vars(args).update({key: config[key] or 0 for key in vars(args).keys() & config.keys()})
+            for option in vars(args).keys() & config.keys():
+                setattr(args, option, config[option] or 0)  # on the command line None is 0
             records[f"{role}_{name}"] = record
     return records
 
@@ -1298,19 +1307,15 @@ def build_nvidia(role, flat):
 
 def processes():
     """(rank, number of processes) of torch.distributed, (0, 1) without it. Also in fid.py, which works alone."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
 
 
 def say(text):
     """Prints, on rank 0 alone."""
     if processes()[0] == 0:
         print(text, flush=True)
-
-
-def barrier():
-    """Waits until every process has come here."""
-    if processes()[1] > 1:
-        dist.barrier()
 
 
 def broadcast_weights(networks):
@@ -1471,7 +1476,8 @@ def data_folder(args, checkpoint, write_toy_dataset):
     folder = Path(args.data or Path(args.out, "toy_data"))
     if not (args.data or checkpoint) and processes()[0] == 0:
         write_toy_dataset(folder)
-    barrier()
+    if processes()[1] > 1:
+        dist.barrier()
     return folder
 
 
@@ -1484,20 +1490,29 @@ def open_output(args, step):
         return
     out = Path(args.out)
     (out / "samples").mkdir(parents=True, exist_ok=True)
-    if args.resume and (out / "log.jsonl").exists():
-        lines = [line for line in (out / "log.jsonl").read_text().splitlines() if line.endswith("}")]
-        kept = [line + "\n" for line in lines if json.loads(line).get("step", 0) <= step]
-        write_atomically(out / "log.jsonl", lambda file: file.write("".join(kept).encode()))
     if args.resume:
+        lines = []
+        if (out / "log.jsonl").exists():
+            lines = (out / "log.jsonl").read_text().splitlines()
+        whole = [line for line in lines if line.endswith("}")]
+        kept = [line for line in whole if json.loads(line)["step"] <= step]
+        write_text(out / "log.jsonl", "".join(line + "\n" for line in kept))
         before = json.loads((out / "args.json").read_text())
-        budgets = {key: value for key, value in vars(args).items() if key not in FREE and value != before.get(key)}
+        budgets = {}
+        for key, value in vars(args).items():
+            if key not in FREE and value != before.get(key):
+                budgets[key] = value
         if budgets:
             log(args, dict(step=step) | budgets)
     write_json(out / "args.json", vars(args))
 
 
 def write_json(path, content):
-    write_atomically(path, lambda file: file.write((json.dumps(content, indent=1) + "\n").encode()))
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_text(path, text):
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def log(args, entry):
@@ -1537,11 +1552,10 @@ def save_checkpoint(path, networks, optimizers, own, **content):
 
     Raises SystemExit when a weight is not finite, OSError when the disk is full; the last checkpoint stays.
     """
-    device = next(next(iter(networks.values())).parameters()).device
     rank, world = processes()
     own = own | dict(random=torch.get_rng_state())
-    if device.type == "cuda":
-        own["cuda"] = torch.cuda.get_rng_state(device)
+    if torch.cuda.is_initialized():
+        own["cuda"] = torch.cuda.get_rng_state()
     ranks = [own] * world
     if world > 1:
         dist.gather_object(own, ranks if rank == 0 else None)
@@ -1734,8 +1748,8 @@ def translate_folder(net, source, target, size=None, pairs=False):
         size: pixels; the shorter side is brought to it first. 0: it stays. None: what the network was trained at.
         pairs: each picture is a pair, two halves side by side, of which the input is translated.
 
-    Pictures that cannot be read, or are too large for the memory, are skipped, with a line on stderr. Raises InputError
-    if that is all of them, and when two would have the same name.
+    Skips pictures that cannot be read, are too large for the memory, or differ from another in their ending alone, with
+    a line on stderr. Raises InputError if that is all of them.
     """
     source, target = Path(source), Path(target)
     size = net.facts.get("size", 0) if size is None else size
@@ -1744,12 +1758,12 @@ def translate_folder(net, source, target, size=None, pairs=False):
     if source.is_dir():
         paths = [path for path in sorted(source.rglob("*")) if path.suffix.lower() in known]
         root, paths = source, [path for path in paths if "/." not in f"/{path.relative_to(source).as_posix()}"]
-    places = [(target / path.relative_to(root)).with_suffix(".png") for path in paths]
-    if len(set(places)) < len(paths):
-        raise InputError(f"{source}: names that differ in their endings alone, as a.jpg and a.png; rename one")
     count = 0
-    for path, place in zip(paths, places, strict=True):
+    for path in paths:
+        place = (target / path.relative_to(root)).with_suffix(".png")
         try:
+            if place.exists():
+                raise InputError(f"{place} is the translation of another picture of that name already; rename one")
             with open(path, "rb") as file, Image.open(file) as opened:  # given a name, Pillow garbles turned TIFFs
                 image = to_rgb(opened)
             if pairs:

@@ -450,7 +450,7 @@ BAD = """
 train_cyclegan_dcd | --data gone | gone
 train_cyclegan_dcd | --data {bad}/header | 1.png: not a readable image
 train_cyclegan_dcd | --lr nan | --lr
-train_cyclegan_dcd | --teacher {bad}/code.pt | only plain tensors are loaded
+train_cyclegan_dcd | --teacher {bad}/code.pt | more than plain tensors, of which nothing is run
 train_cyclegan_dcd | --teacher {bad}/pickle.pt | it asks for 'posix.system'
 train_cyclegan_dcd | --teacher {bad}/narrow.pt | size mismatch for model.1.weight
 train_pix2pix_dcd | --teacher {bad}/narrow.pt --teacher-ngf 2 --freeze-teacher --d-fakes none | trained D too
@@ -468,7 +468,7 @@ models | {bad}/narrow.pt a b | narrow.pt: no generator that can be built (KeyErr
 models | {bad}/student.pt {bad}/odd/train {bad}/odd/train | train exists: choose a new folder
 models | {bad}/student.pt {bad}/floats/float.tif out | float.tif: its values have 32 bits
 models | {bad}/student.pt {bad}/gone out | No such file or directory
-models | {bad}/half.pt a b | half.pt: not a checkpoint, or damaged; copy it again
+models | {bad}/half.pt a b | half.pt: not a checkpoint: damaged, or
 models | {bad}/config.pt a b | config.pt: no generator that can be built (TypeError
 models | {bad}/whole.pt a | whole.pt: expected g_ema: a file each, or one of all
 models | {bad}/pickle.pt a b | it asks for 'posix.system', which no StyleGAN2 needs
@@ -805,7 +805,7 @@ def test_reference_outputs():
         (StyleGAN2Generator(16, 32, 3), z, "-1.39313 0.85264 -0.53143 -0.2404"),
         (StyleGAN2Discriminator(16), small, "0.67798 0.0 0.67798 0.67798"),
     ):
-        options = dict(noise="fixed") if isinstance(net, StyleGAN2Generator) else {}
+        options = dict(fixed_noise=True) if isinstance(net, StyleGAN2Generator) else {}
         found = summary(fill(net)(inputs, **options))
         assert found == pytest.approx([*map(float, expected.split())], abs=1e-4), type(net).__name__
 
@@ -1384,7 +1384,7 @@ def test_nvidias_files(write, nvidia_modules):
     found = models.load_nvidia("network.pkl")
     z, images = torch.randn(6, 12), torch.randn(6, 3, 16, 16)
     for g in (found["g"], found["g_ema"]):
-        assert_close(g(z, noise="fixed"), G(z, noise="fixed"), rtol=1e-6, atol=1e-6)
+        assert_close(g(z, fixed_noise=True), G(z, fixed_noise=True), rtol=1e-6, atol=1e-6)
     assert_close(found["d"](images), D(images), rtol=1e-6, atol=1e-6)
     assert found["d"].config == D.config
     assert torch.equal(found["g_ema"].facts["latent_avg"], torch.arange(12.0)[None])
@@ -1422,7 +1422,7 @@ def test_limits_and_groups():
     z, images = torch.randn(4, 12), torch.randn(8, 3, 16, 16)
     options = ({}, dict(conv_clamp=1e6, mbstd_group=4), dict(conv_clamp=0.5), dict(mbstd_group=None))
     pairs = [make_networks(**given) for given in options]
-    fakes = [G(z, noise="fixed") for G, _ in pairs]
+    fakes = [G(z, fixed_noise=True) for G, _ in pairs]
     logits = [D(images) for _, D in pairs]
     assert [torch.equal(fake, fakes[0]) for fake in fakes] == [True, True, False, True]
     assert [torch.equal(logit, logits[0]) for logit in logits] == [True, True, False, False]

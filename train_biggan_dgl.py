@@ -158,7 +158,7 @@ def train(args, checkpoint):
         own = dict(losses=meter.state())
         record = dict(step=step, stage=stage, best=best, scores=scores)
         models.save_checkpoint(out / "checkpoint.pt", networks, optimizers, own, **record)
-        if rank == 0 and stage:
+        if stage > 0:
             models.save(out / "student.pt", models.pack(student["g_ema"]))
 
     for stage, (stage_start, stage_end) in enumerate(zip(stage_starts, stage_ends, strict=True)):
@@ -240,7 +240,7 @@ def train(args, checkpoint):
             # Save, before the evaluation, which takes long; stop if a signal asks for it, without the evaluation
             stop_signal = models.stop_asked()
             due = inception is not None and (step % eval_steps == 0 or stage_over or last)
-            if rank == 0 and stage_over:
+            if stage_over:
                 name = BUDGETS[stage].removesuffix("_kimg")
                 models.save(out / f"{name}.pt", {key: models.pack(net) for key, net in pair.items()})
             if step % args.save_every == 0 or due or stage_over or last or stop_signal:
@@ -257,8 +257,7 @@ def train(args, checkpoint):
                 models.log(args, dict(step=step, evaluation=True) | scores)
                 if scores.get("fid_student", math.inf) < best:
                     best = scores["fid_student"]
-                    if rank == 0:
-                        models.save(out / "best_student.pt", models.pack(student["g_ema"]))
+                    models.save(out / "best_student.pt", models.pack(student["g_ema"]))
                 save(step, stage)
                 pace.restart(step)
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torchvision.transforms.v2.functional as TF
 from PIL import Image, ImageDraw, ImageFilter
+from torch.nn.functional import l1_loss
 from torch.utils.data import Dataset
 
 import fid
@@ -164,14 +165,14 @@ def train(args, checkpoint):
     first_step, best, scores = 0, math.inf, {}
     meter, pace = Meter(), models.Pace(global_batch, last_step)
     torch.manual_seed(args.seed + rank)  # each process has its own random numbers
-    pool_B, pool_A, pool_S = (ImagePool(args.pool_size) for _ in range(3))
+    pool_B, pool_A, pool_S = pools = [ImagePool(args.pool_size) for _ in range(3)]
 
     # Resume
     if checkpoint:
         own = models.restore(checkpoint, networks, optimizers)
         first_step, best, scores = checkpoint["step"], checkpoint["best"], checkpoint["scores"]
         meter = Meter(own["losses"])
-        for pool, images in zip((pool_B, pool_A, pool_S), own["pools"], strict=True):
+        for pool, images in zip(pools, own["pools"], strict=True):
             pool.images = [image.to(device) for image in images]
     models.open_output(args, first_step)
     items = range(first_step * global_batch, last_step * global_batch)
@@ -179,12 +180,10 @@ def train(args, checkpoint):
     say(f"{out}: steps {first_step} to {last_step} of {schedule_steps}, {epoch_steps} an epoch, on {world} x {device}")
 
     def save(step):
-        pools = [[image.cpu() for image in pool.images] for pool in (pool_B, pool_A, pool_S)]
-        own = dict(losses=meter.state(), pools=pools)
+        own = dict(losses=meter.state(), pools=[pool.state() for pool in pools])
         record = dict(step=step, best=best, scores=scores)
         models.save_checkpoint(out / "checkpoint.pt", networks, optimizers, own, **record)
-        if rank == 0:
-            models.save(out / "student.pt", models.pack(shipped))
+        models.save(out / "student.pt", models.pack(shipped))
 
     models.defer_signals()
     pace.restart(first_step)
@@ -214,8 +213,8 @@ def train(args, checkpoint):
                 fake_A, idt_A, rec_A = teacher_F(torch.cat([real_B, real_A, fake_B])).chunk(3)
                 rec_B = teacher_G(fake_A)
                 loss_gan = generator_loss(teacher_D(fake_B), "lsgan") + generator_loss(teacher_D_A(fake_A), "lsgan")
-            loss_cycle = (rec_A - real_A).abs().mean() + (rec_B - real_B).abs().mean()
-            loss_identity = (idt_A - real_A).abs().mean() + (idt_B - real_B).abs().mean()
+            loss_cycle = l1_loss(rec_A, real_A) + l1_loss(rec_B, real_B)
+            loss_identity = l1_loss(idt_A, real_A) + l1_loss(idt_B, real_B)
             take_step(optimizer_G, loss_gan + args.lambda_cycle * (loss_cycle + args.lambda_identity * loss_identity))
             meter.add(G_T_gan=loss_gan, G_T_cycle=loss_cycle, G_T_identity=loss_identity)
             # The student learns from this same pass of G, made before the update
@@ -290,8 +289,7 @@ def train(args, checkpoint):
             models.log(args, dict(step=step, evaluation=True) | scores)
             if scores.get("fid_student", math.inf) < best:
                 best = scores["fid_student"]
-                if rank == 0:
-                    models.save(out / "best_student.pt", models.pack(shipped))
+                models.save(out / "best_student.pt", models.pack(shipped))
             save(step)
             pace.restart(step)
 
@@ -452,6 +450,9 @@ class ImagePool:
 
     def __init__(self, size):
         self.size, self.images = size, []
+
+    def state(self):
+        return [image.cpu() for image in self.images]
 
     def query(self, images):
         """(N, C, H, W) without gradient -> as many, new or old."""

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torchvision.transforms.v2.functional as TF
 from PIL import Image, ImageDraw
+from torch.nn.functional import l1_loss
 from torch.utils.data import Dataset
 
 import fid
@@ -179,8 +180,7 @@ def train(args, checkpoint):
         own = dict(losses=meter.state())
         record = dict(step=step, best=best, scores=scores)
         models.save_checkpoint(out / "checkpoint.pt", networks, optimizers, own, **record)
-        if rank == 0:
-            models.save(out / "student.pt", models.pack(shipped))
+        models.save(out / "student.pt", models.pack(shipped))
 
     models.defer_signals()
     pace.restart(first_step)
@@ -222,7 +222,7 @@ def train(args, checkpoint):
         if teacher_learns:
             with autocast():
                 loss_gan = generator_loss(teacher_D(torch.cat([real_A, fake_B], 1)), "hinge")
-            loss_l1 = (fake_B - real_B).abs().mean()
+            loss_l1 = l1_loss(fake_B, real_B)
             take_step(optimizer_G, loss_gan + args.lambda_l1 * loss_l1)
             meter.add(G_T_gan=loss_gan, G_T_l1=loss_l1)
 
@@ -270,8 +270,7 @@ def train(args, checkpoint):
             models.log(args, dict(step=step, evaluation=True) | scores)
             if scores.get("fid_student", math.inf) < best:
                 best = scores["fid_student"]
-                if rank == 0:
-                    models.save(out / "best_student.pt", models.pack(shipped))
+                models.save(out / "best_student.pt", models.pack(shipped))
             save(step)
             pace.restart(step)
 

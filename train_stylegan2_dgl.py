@@ -148,7 +148,7 @@ def train(args, checkpoint):
         own = dict(losses=meter.state())
         record = dict(step=step, stage=stage, best=best, scores=scores)
         models.save_checkpoint(out / "checkpoint.pt", networks, optimizers, own, **record)
-        if rank == 0 and stage:
+        if stage > 0:
             models.save(out / "student.pt", models.pack(student["g_ema"]))
 
     for stage, (stage_start, stage_end) in enumerate(zip(stage_starts, stage_ends, strict=True)):
@@ -241,7 +241,7 @@ def train(args, checkpoint):
             # Save, before the evaluation, which takes long; stop if a signal asks for it, without the evaluation
             stop_signal = models.stop_asked()
             due = inception is not None and (step % eval_steps == 0 or stage_over or last)
-            if rank == 0 and stage_over:
+            if stage_over:
                 name = BUDGETS[stage].removesuffix("_kimg")
                 models.save(out / f"{name}.pt", {key: models.pack(net) for key, net in pair.items()})
             if step % args.save_every == 0 or due or stage_over or last or stop_signal:
@@ -258,8 +258,7 @@ def train(args, checkpoint):
                 models.log(args, dict(step=step, evaluation=True) | scores)
                 if scores.get("fid_student", math.inf) < best:
                     best = scores["fid_student"]
-                    if rank == 0:
-                        models.save(out / "best_student.pt", models.pack(student["g_ema"]))
+                    models.save(out / "best_student.pt", models.pack(student["g_ema"]))
                 save(step, stage)
                 pace.restart(step)
 
@@ -331,7 +330,7 @@ def save_samples(path, generators, seed):
         columns = max(2, min(8, 2048 // G.config["size"]))
         z = torch.randn(2 * columns, G.style_dim, generator=torch.Generator().manual_seed(seed))
         z = z.to(next(G.parameters()).device)
-        blocks[name] = torch.cat([G(row, noise="fixed") for row in z.split(columns)])
+        blocks[name] = torch.cat([G(row, fixed_noise=True) for row in z.split(columns)])
     models.save_grid(path, blocks, columns)
 
 
