@@ -49,7 +49,6 @@ WEIGHTS_URL = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 )
 WIDTH = 2048  # features per image
-BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}  # of torch.distributed
 EXTENSIONS = tuple(".avif .bmp .gif .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp".split())
 
 
@@ -64,12 +63,14 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     and without the roots of a product's eigenvalues, which near 0 are nothing but rounding.
     Raises InputError for shapes that do not match and for values that are not finite.
     """
-    mu1, sigma1, mu2, sigma2 = (np.asarray(array, dtype=np.float64) for array in (mu1, sigma1, mu2, sigma2))
-    if mu1.ndim != 1 or mu1.shape != mu2.shape or not sigma1.shape == sigma2.shape == 2 * mu1.shape:
-        shapes = f"means {mu1.shape} and {mu2.shape}, covariances {sigma1.shape} and {sigma2.shape}"
-        raise InputError(f"{shapes}: both need features of the same width")
-    if not all(np.isfinite(array).all() for array in (mu1, sigma1, mu2, sigma2)):
+    arrays = [np.asarray(array, dtype=np.float64) for array in (mu1, sigma1, mu2, sigma2)]
+    shapes = [array.shape for array in arrays]
+    width = arrays[0].size
+    if shapes != [(width,), (width, width)] * 2:
+        raise InputError(f"means and covariances of shapes {shapes}: both need features of the same width")
+    if not all(np.isfinite(array).all() for array in arrays):
         raise InputError("a mean or covariance holds NaN or infinity")
+    mu1, sigma1, mu2, sigma2 = arrays
     L1, L2 = root(sigma1), root(sigma2)
     overlap = scipy.linalg.svdvals(L1.T @ L2).sum()
     distance = np.sum((mu1 - mu2) ** 2) + np.trace(sigma1) + np.trace(sigma2) - 2 * overlap
@@ -228,15 +229,6 @@ def bilinear(images):
     return F.interpolate(images, size=(299, 299), mode="bilinear", align_corners=False)
 
 
-def average_inside(x):
-    """3x3 average pooling whose windows leave the padding out."""
-    return F.avg_pool2d(x, kernel_size=3, stride=1, padding=1, count_include_pad=False)
-
-
-def maximum(x):
-    return F.max_pool2d(x, kernel_size=3, stride=1, padding=1)
-
-
 class FIDInceptionV3(blocks.Inception3):
     """The FID Inception: torchvision's with 1008 classes, no auxiliary head, and the poolings of the 2015 graph."""
 
@@ -255,9 +247,12 @@ class FIDInceptionV3(blocks.Inception3):
             x = 2 * bilinear(images) - 1
             for name, layer in self.named_children():  # in the order of the graph
                 if hasattr(layer, "branch_pool"):
-                    pool = maximum if name == "Mixed_7c" else average_inside
                     branches = layer._forward(x)
-                    branches[-1] = layer.branch_pool(pool(x))
+                    if name == "Mixed_7c":
+                        pooled = F.max_pool2d(x, 3, stride=1, padding=1)
+                    else:  # windows leave the padding out
+                        pooled = F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+                    branches[-1] = layer.branch_pool(pooled)
                     x = torch.cat(branches, dim=1)
                 elif name != "fc":
                     x = layer(x)
@@ -549,11 +544,10 @@ class StoredSquares:
 
     They stand in one .npy in a folder, 3 side^2 bytes an image, that all processes map. Rank 0 writes it, under another
     name until it is whole, if the folder does not hold it yet for these files; every process has to call this.
-    resample: one of Image.Resampling. say: called with a line of progress now and then.
-    Raises InputError naming an image that cannot be read.
+    resample: one of Image.Resampling. Raises InputError naming an image that cannot be read.
     """
 
-    def __init__(self, files, side, folder, say, workers=0, resample=Image.Resampling.BICUBIC):
+    def __init__(self, files, side, folder, workers=0, resample=Image.Resampling.BICUBIC):
         path = pathlib.Path(folder, f"squares_{side}_{files.fingerprint(resample)}.npy")
         if processes()[0] == 0 and not path.exists():
             resize = functools.partial(central_square, side=side, resample=resample)
@@ -566,7 +560,7 @@ class StoredSquares:
                 for n, square in enumerate(squares, 1):
                     file.write(square.numpy().tobytes())
                     if n % 10_000 == 0:
-                        say(f"{files.source}: resized {n} of {len(files)} pictures")
+                        print(f"{files.source}: resized {n} of {len(files)} pictures", file=sys.stderr)
         self.path = gather(path)[0]  # and wait for rank 0
 
     @property
@@ -609,18 +603,19 @@ def parse_args(argv):
         "fid.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.error = lambda message: parser.exit(2, f"fid.py: error: {message}\n")
-    parser.add_argument("A", help="folder of images, searched recursively, .zip of images, or .npz of statistics")
-    parser.add_argument("B", nargs="?", help="the same; may be left out with --save or --is")
-    parser.add_argument("--save", metavar="FILE.npz", help="write the statistics of A")
-    parser.add_argument("--kid", action="store_true", help="also the Kernel Inception Distance (no .npz)")
-    parser.add_argument("--is", dest="score", action="store_true", help="also the Inception Score of A (in 10 parts)")
-    parser.add_argument("--size", type=int, help="first resize the images to SIZE x SIZE, as the training scripts do")
-    parser.add_argument("--batch-size", type=int, default=50, help="images per forward pass (%(default)s)")
+    option = parser.add_argument
+    option("A", help="folder of images, searched recursively, .zip of images, or .npz of statistics")
+    option("B", nargs="?", help="the same; may be left out with --save or --is")
+    option("--save", metavar="FILE.npz", help="write the statistics of A")
+    option("--kid", action="store_true", help="also the Kernel Inception Distance (no .npz)")
+    option("--is", dest="score", action="store_true", help="also the Inception Score of A (in 10 parts)")
+    option("--size", type=int, help="first resize the images to SIZE x SIZE, as the training scripts do")
+    option("--batch-size", type=int, default=50, help="images per forward pass (%(default)s)")
     workers = min(8, os.cpu_count() or 1)
-    parser.add_argument("--workers", type=int, default=workers, help="processes that decode images (%(default)s)")
-    parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1 ...")
-    parser.add_argument("--weights", default="auto", help="auto (torch hub's cache, else download), or a path")
-    parser.add_argument("--json", action="store_true", help="print one line of JSON")
+    option("--workers", type=int, default=workers, help="processes that decode images (%(default)s)")
+    option("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1 ...")
+    option("--weights", default="auto", help="auto (torch hub's cache, else download), or a path")
+    option("--json", action="store_true", help="print one line of JSON")
     args = parser.parse_args(argv)
     if args.B is None and args.save is None and not args.score:
         parser.error("B is missing: give a second set of images or statistics, --save FILE.npz, or --is")
@@ -693,7 +688,7 @@ def main(argv=None):
         if device.type == "cuda":
             torch.cuda.set_device(device)
         if parallel:
-            dist.init_process_group(BACKENDS[device.type])
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         run(args, device)
         if parallel:
             dist.destroy_process_group()

@@ -1182,8 +1182,8 @@ def test_files_are_found(tmp_path):
 def test_stored_squares():
     save_noise("pictures", 4, (24, 8))
     files = fid.ImageFiles("pictures")
-    options = (files, 8, "new", print)
-    stored = fid.StoredSquares(*options, workers=2)
+    options = (files, 8, "new")
+    stored = fid.StoredSquares(*options, 2)
     for found, image in zip(stored, files, strict=True):
         assert torch.equal(found, pil_to_tensor(image.crop((8, 0, 16, 8))))
     assert fid.StoredSquares(*options).path == stored.path

@@ -146,7 +146,7 @@ def train(args, checkpoint):
         meter = Meter(own["losses"])
         if first_step > stage_ends[checkpoint["stage"]]:
             raise InputError(f"{out}: stage {checkpoint['stage']} has been longer than that already")
-    images = StoredSquares(files, args.size, args.cache or out, say, args.workers, Image.Resampling.BILINEAR)
+    images = StoredSquares(files, args.size, args.cache or out, args.workers, Image.Resampling.BILINEAR)
     models.open_output(args, first_step)
     dataset = LabelledImages(images, labels, args.mirror, args.seed)
     items = range(first_step * step_images, last_step * step_images)

@@ -327,10 +327,11 @@ def evaluate(teacher_G, student_G, test_A, test_B, inception, workers, to_device
 
 @torch.no_grad()
 def save_samples(path, teacher_G, student_G, test_A, test_B):
-    """Four test images, repeated where there are fewer: input, teacher, student, a real B."""
+    """The first four test images: input, teacher, student, a real B."""
     device = next(student_G.parameters()).device
-    real_A = torch.stack([test_A[i % len(test_A)] for i in range(4)]).to(device)
-    real_B = torch.stack([test_B[i % len(test_B)] for i in range(4)])
+    shown = range(min(4, len(test_A), len(test_B)))
+    real_A = torch.stack([test_A[i] for i in shown]).to(device)
+    real_B = torch.stack([test_B[i] for i in shown])
     columns = {"input": real_A, "teacher": teacher_G(real_A), "student": student_G(real_A), "a real B": real_B}
     models.save_grid(path, columns)
 

@@ -323,9 +323,9 @@ def psnr(image, target):
 
 @torch.no_grad()
 def save_samples(path, teacher_G, student_G, test_set):
-    """Four test pairs, repeated where there are fewer: input, teacher, student, the real B."""
+    """The first four test pairs: input, teacher, student, the real B."""
     device = next(student_G.parameters()).device
-    pairs = [test_set[i % len(test_set)] for i in range(4)]
+    pairs = [test_set[i] for i in range(min(4, len(test_set)))]
     real_A = torch.stack([pair[0] for pair in pairs]).to(device)
     real_B = torch.stack([pair[1] for pair in pairs])
     columns = {"input": real_A, "teacher": teacher_G(real_A), "student": student_G(real_A), "the real B": real_B}
