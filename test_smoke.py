@@ -1004,7 +1004,7 @@ def test_a_folder_is_translated():
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (37, 24, 3), dtype=np.uint8))
     Path("photos/deep").mkdir(parents=True)
     Path("photos/.hidden").mkdir()
-    for name in ("photos/a.bmp", "photos/deep/b.png", "photos/\udce9.png"):
+    for name in ("photos/a.bmp", "photos/a.png", "photos/deep/b.png", "photos/\udce9.png"):
         picture.save(name)
     picture.save("photos/.hidden/a.png")
     Path("photos/broken.png").write_bytes(b"\x89PNG")
@@ -1013,8 +1013,9 @@ def test_a_folder_is_translated():
     environment = ENVIRONMENT | dict(PYTHONIOENCODING="ascii", PYTHONPATH="")
     command = f"{sys.executable} models.py student.pt photos trained --device cpu".split()
     said, errors = start(command, environment).communicate()
-    assert errors.count("\n") == 1 and "skipped photos/broken.png: " in errors
-    assert "3 pictures translated into trained, 1 skipped" in said
+    assert errors.count("\n") == 2 and "skipped photos/broken.png: " in errors
+    assert "skipped photos/a.png: trained/a.png is the translation of another picture of that name" in errors
+    assert "3 pictures translated into trained, 2 skipped" in said
     models.main("student.pt photos photos/halves --size 0 --pairs --device cpu".split())
     for name, source, right, below in (  # padded to multiples of 4, 16 or more
         ("trained/a.png", picture.resize((20, 31), Image.Resampling.BICUBIC), 0, 1),
