@@ -920,7 +920,7 @@ def read_networks(paths, names):
     """Reads trained networks -> {name: what load_weights takes}, those of the names that there are.
 
     paths: a file for each of the names, in order; or one that has them by name: DCD's checkpoint.pt, a pair
-    {g, d, g_ema} of ours or of the community's, NVIDIA's, of which it prints what they say; or None.
+    {g, d, g_ema} of ours or of rosinality's, NVIDIA's, of which it prints what they say; or None.
     Raises InputError where there are none, or more files than names.
     """
     if not paths:

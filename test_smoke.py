@@ -325,7 +325,10 @@ def test_longer_training(name, data, finished, capsys):
     refusals = by_kind(
         name,
         {"--seed 3": "the run has --seed 0, not 3"},
-        {"--stage1-kimg 3": "--stage1-kimg 0.012, not 3", "--stage2-kimg 0.004": "stage 2 has been longer than that"},
+        {
+            "--stage1-kimg 3": "--stage1-kimg 0.012, not 3",
+            "--stage2-kimg 0.004": "stage 2 has already been longer than that",
+        },
     )
     for options, message in refusals.items():
         assert message in refused(capsys, f"train_{name}", f"--out run --resume {options}".split())
@@ -578,9 +581,9 @@ def test_first_step(name, data, vgg_file, tmp_path, batches):
         expected["G_T_gan"] = expected["G_T_gan"] + fools(D_A(fake_A))
         expected["G_T_cycle"] = (B_to_A(fake_T) - x).abs().mean() + (G(fake_A) - y).abs().mean()
         expected["G_T_identity"] = (B_to_A(x) - x).abs().mean() + (G(y) - y).abs().mean()
-        expected["D_T_A"] = catches(D_A(x), D_A(fake_A)) / 2
+        expected["D_A"] = catches(D_A(x), D_A(fake_A)) / 2
         objective_T = expected["G_T_gan"] + 10 * expected["G_T_cycle"] + 5 * expected["G_T_identity"]
-        objective_D = expected["D_T"] + expected["D_T_A"]
+        objective_D = expected["D_T"] + expected["D_A"]
 
     found = {key: value for key, value in line.items() if key.startswith(("G_", "D_"))}
     assert found == {key: pytest.approx(value.item(), rel=1e-3) for key, value in expected.items()}

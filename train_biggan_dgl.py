@@ -37,7 +37,7 @@ from losses import Meter, discriminator_loss, finish_step, generator_loss, updat
 from models import BigGANDiscriminator, BigGANGenerator, InputError, init_biggan, processes, say
 
 NAME = "biggan_dgl"
-STAGES = ("the teacher", "the student alone", "the student and D_T")
+STAGES = ("the teacher", "the student alone", "the student, guided by D_T")
 BUDGETS = ("teacher_kimg", "stage1_kimg", "stage2_kimg")
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -49,9 +49,9 @@ def parse_args(argv):
     parser = models.run_parser(__doc__)
     option, number = models.add_section(parser, "data")
     option("--data", metavar="IMAGES", help="a folder a class, in a folder or .zip; with --resume if it has moved")
-    option("--size", type=int, choices=(32, 64, 128, 256), help="side of the images, pixels; the teacher's, or 128")
+    option("--size", type=int, choices=(32, 64, 128, 256), help="side of the images, pixels; or the teacher's, 128")
     option("--mirror", action=argparse.BooleanOptionalAction, default=False, help="flip half of the images, at random")
-    option("--cache", metavar="FOLDER", help="where the resized images are kept, 3 SIZE^2 bytes each; OUT")
+    option("--cache", metavar="FOLDER", help="for the resized images, 3 SIZE^2 bytes each; if not given OUT")
     option("--toy", action="store_true", help="small networks; without --data synthetic pictures, four shapes")
     option, number = models.add_section(parser, "networks; files of ours keep their own sizes and widths")
     option("--teacher", nargs="+", metavar="FILE", help="trained D [G_ema], or a teacher.pt of ours")
@@ -105,7 +105,8 @@ def train(args, checkpoint):
         """uint8 on the host -> [-1, 1] on the device."""
         return images.to(device, memory_format=layout, non_blocking=True).float() / 127.5 - 1
 
-    # Networks: a pair is G, D and G's moving average. Files that are given decide the shape of both pairs
+    # Networks: a pair is G and D, with G's moving average. From files that are given read_given copies size and widths
+    # into args
     records = checkpoint["networks"] if checkpoint else models.read_given(args)
     for name in ("teacher_d", "student_d"):
         if name in records:
@@ -116,7 +117,7 @@ def train(args, checkpoint):
     student = build_pair(args, args.student_ch, args.student_d_ch, classes)
     networks = {f"student_{name}": net for name, net in student.items()}
     trains_teacher = args.teacher_kimg > 0 and not checkpoint
-    for name, net in teacher.items():  # of one that is given, what the file holds: D alone is needed
+    for name, net in teacher.items():  # of a given teacher what its files hold: D alone is needed
         if trains_teacher or f"teacher_{name}" in records:
             networks[f"teacher_{name}"] = net
     models.load_networks(networks, records)
@@ -145,7 +146,7 @@ def train(args, checkpoint):
         first_step, best, scores = checkpoint["step"], checkpoint["best"], checkpoint["scores"]
         meter = Meter(own["losses"])
         if first_step > stage_ends[checkpoint["stage"]]:
-            raise InputError(f"{out}: stage {checkpoint['stage']} has been longer than that already")
+            raise InputError(f"{out}: stage {checkpoint['stage']} has already been longer than that")
     images = StoredSquares(files, args.size, args.cache or out, args.workers, Image.Resampling.BILINEAR)
     models.open_output(args, first_step)
     dataset = LabelledImages(images, labels, args.mirror, args.seed)
@@ -161,9 +162,11 @@ def train(args, checkpoint):
         if stage > 0:
             models.save(out / "student.pt", models.pack(student["g_ema"]))
 
+    models.defer_signals()
+    pace.restart(first_step)
     for stage, (stage_start, stage_end) in enumerate(zip(stage_starts, stage_ends, strict=True)):
         steps = range(max(first_step, stage_start) + 1, min(stage_end, last_step) + 1)
-        if not steps:
+        if not steps:  # the stage is over, or --max-steps ends before it
             continue
         say(f"stage {stage}, {STAGES[stage]}: to step {stage_end}")
         pair = teacher if stage == 0 else student
@@ -177,8 +180,12 @@ def train(args, checkpoint):
         if checkpoint and stage == checkpoint["stage"]:
             for name, optimizer in optimizers.items():
                 optimizer.load_state_dict(checkpoint["optimizers"][name])
-        models.defer_signals()
-        pace.restart(steps[0] - 1)
+        G.requires_grad_(True)
+        generators = {}  # that are drawn and measured: the student's and a teacher's that is known
+        if "teacher_g_ema" in networks:
+            generators["teacher"] = teacher["g_ema"]
+        if stage > 0:
+            generators["student"] = student["g_ema"]
         for step in steps:
             # Discriminator: E[ max(0, 1 - D(x, y)) ] + E[ max(0, 1 + D(G(z, y'), y')) ]
             D.requires_grad_(True)
@@ -200,7 +207,6 @@ def train(args, checkpoint):
 
             # Generator: -E[ D(G(z, y), y) ], in stage 2 - lambda_dgl E[ D_T(G(z, y), y) ], D_T being frozen
             D.requires_grad_(False)
-            G.requires_grad_(True)
             optimizer_G.zero_grad()
             for _ in range(args.accumulate):
                 z, y = draw_inputs(G, args.batch_size)
@@ -214,7 +220,6 @@ def train(args, checkpoint):
                         meter.add(G_dgl=loss_dgl)
                 (loss_G / args.accumulate).backward()
             finish_step(optimizer_G)
-            G.requires_grad_(False)
 
             # The moving average is a copy for the first steps of a pair; a student that is given has had them
             pair_step = step - 1 - (stage_ends[0] if stage else 0)
@@ -228,16 +233,11 @@ def train(args, checkpoint):
                 models.log(args, entry | pace.read(step) | meter.means())
                 meter = Meter()
 
-            # Samples, of the student and of a teacher whose generator is known
-            generators = {}
-            if "teacher_g_ema" in networks:
-                generators["teacher"] = teacher["g_ema"]
-            if stage > 0:
-                generators["student"] = student["g_ema"]
+            # Samples
             if rank == 0 and args.sample_every and (step % args.sample_every == 0 or stage_over or last):
                 save_samples(out / f"samples/stage{stage}_{step:07d}.png", generators, classes, args.seed)
 
-            # Save, before the evaluation, which takes long; stop if a signal asks for it, without the evaluation
+            # Save, before the evaluation, which takes long. After a signal stop here, without evaluating
             stop_signal = models.stop_asked()
             due = inception is not None and (step % eval_steps == 0 or stage_over or last)
             if stage_over:
@@ -250,15 +250,16 @@ def train(args, checkpoint):
 
             # Evaluate; a teacher that no longer learns is measured once
             if due:
+                measured = dict(generators)
                 if stage > 0 and "fid_teacher" in scores:
-                    generators.pop("teacher", None)
+                    measured.pop("teacher")
                 with models.interruptible():
-                    scores = scores | evaluate(generators, images, inception, to_device, args)
+                    scores = scores | evaluate(measured, images, inception, to_device, args)
                 models.log(args, dict(step=step, evaluation=True) | scores)
                 if scores.get("fid_student", math.inf) < best:
                     best = scores["fid_student"]
                     models.save(out / "best_student.pt", models.pack(student["g_ema"]))
-                save(step, stage)
+                save(step, stage)  # with the scores
                 pace.restart(step)
 
     if rank == 0:

@@ -1,9 +1,9 @@
 """Compresses a CycleGAN generator with DCD: Discriminator-Cooperated Feature Map Distillation (arXiv 2212.14169).
 
-A small student generator learns from a large teacher that is trained beside it. Their feature maps are compared not
-pixel by pixel but as the teacher's discriminator D_T sees them: each tapped map goes through a 1x1 connector and D_T.
-D_T also judges the student's images. It starts from random weights and learns together with both: a trained D_T would
-be too strong an opponent for the small student.
+A small student generator learns from a large teacher that is trained alongside it. Four feature maps of each, the taps,
+are compared not pixel by pixel but as the teacher's discriminator D_T sees them: each tap goes through a 1x1 connector
+and all layers of D_T but the last. D_T also judges the student's images. By default it starts from random weights and
+learns together with both generators: a trained D_T would be too strong an opponent for the small student.
 
     python train_cyclegan_dcd.py --toy                                    # no data needed, minutes on a laptop
     python train_cyclegan_dcd.py --data datasets/horse2zebra              # the paper's experiment
@@ -43,7 +43,7 @@ def parse_args(argv):
     option("--data", metavar="FOLDER", help="holds trainA/ trainB/ testA/ testB/; with --resume if it has moved")
     option("--direction", choices=("AtoB", "BtoA"), default="AtoB", help="which domain is translated into which")
     number("--crop-size", 256, "side of the random crops, pixels, a multiple of 4", minimum=24)
-    option("--load-size", type=at_least(24), help="images are first resized to this square; 286/256 of --crop-size")
+    option("--load-size", type=at_least(24), help="images are first resized to this square; crop size * 286/256")
     option("--toy", action="store_true", help="small networks; without --data synthetic pictures, plain to striped")
     option, number = models.add_section(parser, "networks; our own files store their widths")
     option("--teacher", nargs="+", metavar="FILE", help="trained G [F [D_T [D_A]]], or a checkpoint.pt of ours")
@@ -60,15 +60,20 @@ def parse_args(argv):
     number("--lambda-style", 1e4, "student: weight of the Gram matrices in VGG16")
     number("--lambda-feature", 10.0, "student: weight of relu2_2 of VGG16")
     number("--lambda-cycle", 10.0, "teacher: weight of cycle consistency")
-    number("--lambda-identity", 0.5, "teacher: identity, as a part of the cycle weight")
-    number("--teacher-every", 4, "student steps per step of the teacher and its discriminators")
+    number("--lambda-identity", 0.5, "teacher: weight of the identity term, times that of the cycle")
+    number("--teacher-every", 4, "the teacher and the discriminators learn at every N-th step of the student")
     number("--pool-size", 50, "past fakes that the discriminators see again, images", minimum=0)
     option("--distill", choices=("dcd", "pixel"), default="dcd", help="feature maps through D_T or pixel by pixel")
     number("--tap-size", 64, "shortest side of the maps given to D_T, pixels: smaller ones are enlarged", minimum=24)
-    option("--d-fakes", choices=("both", "teacher", "none"), default="both", help="what D_T learns from; none: frozen")
+    option(
+        "--d-fakes",
+        choices=("both", "teacher", "none"),
+        default="both",
+        help="whose fakes D_T learns from; none: frozen",
+    )
     option("--freeze-teacher", action="store_true", help="leave the teacher's generators as they are; D_T still learns")
     option, number = models.add_section(parser, "optimisation")
-    number("--epochs", 400, "the student's passes at full learning rate; the teacher makes one in --teacher-every")
+    number("--epochs", 400, "the student's passes through the data at full learning rate")
     number("--epochs-decay", 400, "its further passes, the learning rate decaying to 0", minimum=0)
     number("--batch-size", 1, "images per process and step")
     number("--lr", 2e-4, "learning rate of Adam")
@@ -105,8 +110,8 @@ def train(args, checkpoint):
     # Data: A is the source domain, B the target
     dataset, test_A, test_B = open_data(args, checkpoint)
 
-    # Networks: the teacher is a whole CycleGAN. teacher_G (G, the paper's G_T) translates A to B, teacher_F (F) back,
-    # teacher_D (the paper's D_T) judges B, teacher_D_A (D_A) judges A; student_G is G_S
+    # Networks: the teacher is a whole CycleGAN. teacher_G, in the formulas G, translates A to B, teacher_F, F, back;
+    # teacher_D, D_T, judges B, teacher_D_A, D_A, judges A. The student is student_G, G_S, alone
     torch.manual_seed(args.seed)
     teacher_G = init_weights(build_generator(args.teacher_arch, args.teacher_ngf))
     teacher_F = init_weights(build_generator(args.teacher_arch, args.teacher_ngf))
@@ -115,9 +120,9 @@ def train(args, checkpoint):
     student_G = init_weights(build_generator(args.student_arch, args.student_ngf))
     networks = dict(teacher_G=teacher_G, teacher_F=teacher_F, teacher_D=teacher_D, teacher_D_A=teacher_D_A)
     networks["student_G"] = student_G
-    # What they translate is stored with their weights
+    # Stored with their weights, and compared where they are loaded
     teacher_G.facts = student_G.facts = dict(script=NAME, size=args.crop_size, direction=args.direction)
-    # Weights from files. A network of another width is rebuilt in place, so load before building what has to fit it
+    # Weights from files. They may rebuild a network, at their own width: so before the connectors and the optimisers
     if checkpoint:
         records = checkpoint["networks"]
     else:
@@ -125,15 +130,15 @@ def train(args, checkpoint):
         records |= models.read_networks(args.student, ["student_G"])
     models.load_networks(networks, records)
     if args.d_fakes == "none" and "teacher_D" not in records:
-        raise InputError("--d-fakes none: --teacher needs its trained D too")
+        raise InputError("--d-fakes none: --teacher needs its trained D_T too")
 
-    # Losses: taps, the feature maps that are compared, are the input of the first residual block and the outputs of the
-    # third, sixth and ninth, four maps of a quarter of the image's side
+    # Losses. The taps are the input of the first residual block and the outputs of the third, sixth and ninth, at a
+    # quarter of the image's side
     if args.distill == "dcd":
         distill_loss = DCDLoss(student_G.tap_channels, teacher_G.tap_channels, 3, args.tap_size)
     else:
         distill_loss = PixelLoss(student_G.tap_channels, teacher_G.tap_channels)
-    networks["distill_loss"] = distill_loss  # it holds the connectors
+    networks["distill_loss"] = distill_loss  # for it holds the connectors
     perceptual_loss = None
     if args.lambda_style or args.lambda_feature:
         perceptual_loss = PerceptualLoss(args.vgg).to(device, memory_format=layout)
@@ -165,7 +170,8 @@ def train(args, checkpoint):
     first_step, best, scores = 0, math.inf, {}
     meter, pace = Meter(), models.Pace(global_batch, last_step)
     torch.manual_seed(args.seed + rank)  # each process has its own random numbers
-    pool_B, pool_A, pool_S = pools = [ImagePool(args.pool_size) for _ in range(3)]
+    pools = [ImagePool(args.pool_size) for _ in range(3)]
+    pool_B, pool_A, pool_S = pools
 
     # Resume
     if checkpoint:
@@ -196,19 +202,21 @@ def train(args, checkpoint):
         lr = args.lr * min(1.0, steps_left / (decay_steps + 1))
         for optimizer in optimizers.values():
             optimizer.param_groups[0]["lr"] = lr
-        # The teacher and the discriminators learn at one step in teacher_every, the student at each: the released code
-        # alternates 10 epochs of the teacher with 40 of the student, the same 1 to 4; here the steps are interleaved
+        # The student learns at every step, the teacher and the discriminators at one in teacher_every. The released
+        # code alternates 10 epochs of the teacher with 40 of the student; here steps are interleaved, 1 to 4 too
         teacher_step = (step - 1) % args.teacher_every == 0
+        teacher_learns = teacher_step and not args.freeze_teacher
+        # The discriminators are fixed while the generators learn
+        teacher_D.requires_grad_(False)
+        teacher_D_A.requires_grad_(False)
 
         # Teacher, with x = real_A and y = real_B; |.| is the mean absolute value:
-        # E[(D_T(G(x)) - 1)^2] + E[(D_A(F(y)) - 1)^2]
-        # + lambda_cycle (|F(G(x)) - x| + |G(F(y)) - y| + lambda_identity (|F(x) - x| + |G(y) - y|))
-        teacher_D.requires_grad_(False)  # the discriminators are fixed while the generators learn
-        teacher_D_A.requires_grad_(False)
-        if teacher_step and not args.freeze_teacher:
+        # L_T = E[(D_T(G(x)) - 1)^2] + E[(D_A(F(y)) - 1)^2]
+        #       + lambda_cycle (|F(G(x)) - x| + |G(F(y)) - y| + lambda_identity (|F(x) - x| + |G(y) - y|))
+        if teacher_learns:
             with autocast():
-                # One pass of G for x and y, one of F for y, x and G(x), then G(F(y)); instance norm keeps images apart
-                images_B, taps_of_both = teacher_G(torch.cat([real_A, real_B]), taps=True)
+                # One pass of G for x and y, one of F for y, x and G(x), then G(F(y)): with instance norm, as one by one
+                images_B, taps_of_xy = teacher_G(torch.cat([real_A, real_B]), taps=True)
                 fake_B, idt_B = images_B[:n], images_B[n:]
                 fake_A, idt_A, rec_A = teacher_F(torch.cat([real_B, real_A, fake_B])).chunk(3)
                 rec_B = teacher_G(fake_A)
@@ -217,18 +225,19 @@ def train(args, checkpoint):
             loss_identity = l1_loss(idt_A, real_A) + l1_loss(idt_B, real_B)
             take_step(optimizer_G, loss_gan + args.lambda_cycle * (loss_cycle + args.lambda_identity * loss_identity))
             meter.add(G_T_gan=loss_gan, G_T_cycle=loss_cycle, G_T_identity=loss_identity)
-            # The student learns from this same pass of G, made before the update
+            # The student learns from this same pass, of G as it was before the update
             fake_A, fake_B = fake_A.detach(), fake_B.detach()
-            teacher_taps = [tap[:n].detach() for tap in taps_of_both]  # those of x
+            teacher_taps = [tap[:n].detach() for tap in taps_of_xy]  # those of x
         else:
             with autocast(), torch.no_grad():
                 fake_B, teacher_taps = teacher_G(real_A, taps=True)
 
-        # Student, taps f_i, connectors c_i, phi being D_T without its last layer; L_style, L_feature the L1 distances
-        # in VGG16, of Gram matrices and of relu2_2:
+        # Student, with taps f_i, connectors c_i, and phi, which is D_T without its last layer:
         # L_S = lambda_gan E[(D_T(G_S(x)) - 1)^2] + lambda_dcd sum_i |phi(c_i^S(f_i^S)) - phi(c_i^T(f_i^T))|
         #       + lambda_style L_style(G_S(x), G(x)) + lambda_feature L_feature(G_S(x), G(x))
-        # G_S is in float32: bf16 in its residual blocks would change the direction of its gradient
+        # The teacher's connectors c_i^T stay random: if both learned, mapping all to zero would be optimal. L_style and
+        # L_feature are L1 distances in VGG16, of Gram matrices and of relu2_2. G_S is kept out of autocast: bf16 in its
+        # residual blocks would change the direction of its gradient
         fake_S, student_taps = student_G(real_A, taps=True)
         with autocast():
             loss_gan = generator_loss(teacher_D(fake_S), "lsgan")
@@ -243,8 +252,8 @@ def train(args, checkpoint):
         if args.ema:
             update_ema(shipped, student_G, 0.5 ** (global_batch / args.ema))
 
-        # Collaborative discriminator D_T: (E[(D_T(y) - 1)^2] + E[D_T(fake)^2]) / 2, half of the fakes G's, half G_S's;
-        # and the teacher's D_A in the same way, with F's fakes
+        # Discriminators: (E[(D_T(y) - 1)^2] + E[D_T(fake)^2]) / 2, half of the fakes G's, half G_S's, as the paper's
+        # collaborative discriminator sees them. D_A, the teacher's alone, in the same way with x and F's fakes
         if teacher_step and args.d_fakes != "none":
             teacher_D.requires_grad_(True)
             teacher_D_A.requires_grad_(True)
@@ -255,11 +264,11 @@ def train(args, checkpoint):
                 logits = teacher_D(torch.cat([real_B, *fakes]))
                 loss_D = discriminator_loss(logits[:n], logits[n:], "lsgan") / 2
                 meter.add(D_T=loss_D)
-                if not args.freeze_teacher:
+                if teacher_learns:
                     logits = teacher_D_A(torch.cat([real_A, pool_A.query(fake_A)]))
                     loss_D_A = discriminator_loss(logits[:n], logits[n:], "lsgan") / 2
                     loss_D = loss_D + loss_D_A
-                    meter.add(D_T_A=loss_D_A)
+                    meter.add(D_A=loss_D_A)
             take_step(optimizer_D, loss_D)
 
         # Log
@@ -274,7 +283,7 @@ def train(args, checkpoint):
         if rank == 0 and args.sample_every and (step % args.sample_every == 0 or last):
             save_samples(out / f"samples/{step:07d}.png", teacher_G, shipped, test_A, test_B)
 
-        # Save, before the evaluation, which takes long; stop if a signal asks for it, without the evaluation
+        # Save, before the evaluation, which takes long. After a signal stop here, without evaluating
         stop_signal = models.stop_asked()
         due = args.eval_every and (step % (args.eval_every * epoch_steps) == 0 or last)
         if step % args.save_every == 0 or due or last or stop_signal:
@@ -290,7 +299,7 @@ def train(args, checkpoint):
             if scores.get("fid_student", math.inf) < best:
                 best = scores["fid_student"]
                 models.save(out / "best_student.pt", models.pack(shipped))
-            save(step)
+            save(step)  # with the scores
             pace.restart(step)
 
     if rank == 0:
@@ -301,6 +310,30 @@ def train(args, checkpoint):
 
 def build_generator(arch, ngf):
     return ResnetGenerator(ngf=ngf, separable=arch.startswith("mobile_"))
+
+
+class ImagePool:
+    """Up to size past fakes. Once full, each new fake is, half of the time, swapped for a stored one at random."""
+
+    def __init__(self, size):
+        self.size, self.images = size, []
+
+    def state(self):
+        return [image.cpu() for image in self.images]
+
+    def query(self, images):
+        """(N, C, H, W) without gradient -> as many, new or old."""
+        chosen = []
+        for image in images:
+            if len(self.images) < self.size:  # the pool fills up
+                self.images.append(image.clone())
+            elif self.size and torch.rand(()) < 0.5:  # a stored one goes out, the new one takes its place
+                slot = torch.randint(self.size, ()).item()
+                old = self.images[slot]
+                self.images[slot] = image.clone()
+                image = old
+            chosen.append(image)
+        return torch.stack(chosen)
 
 
 @torch.no_grad()
@@ -343,7 +376,7 @@ def save_samples(path, teacher_G, student_G, test_A, test_B):
 def open_data(args, checkpoint):
     """The training set and the test sets of A and B, swapped as --direction says; checks every header."""
     data = models.data_folder(args, checkpoint, write_toy_dataset)
-    source, target = args.direction[0], args.direction[-1]
+    source, target = args.direction.split("to")
     train_A, train_B = ImageFiles(data / f"train{source}"), ImageFiles(data / f"train{target}")
     test_A, test_B = ImageFiles(data / f"test{source}"), ImageFiles(data / f"test{target}")
     for files in (train_A, train_B, test_A, test_B):
@@ -369,7 +402,7 @@ def shuffled(length, seed, epoch, domain):
 
 
 class UnpairedImages(Dataset):
-    """Item n of the training run: the n-th image of either domain, in an order shuffled for every pass through it.
+    """Item n of the training run: the n-th image of each domain, in an order shuffled for every pass through it.
 
     Order, crop and flip depend on the seed and n alone, so a run that resumes at n sees what it would have seen.
     """
@@ -444,30 +477,6 @@ def write_toy_dataset(folder, size=104):
                 coat = picture(shade * coat * np.ones((size, size, 3)))
                 image.paste(coat, mask=mask.filter(ImageFilter.GaussianBlur(0.7)))
                 image.save(folder / f"{phase}{domain}" / f"{i:03d}.png")
-
-
-class ImagePool:
-    """Up to size past fakes. Once full, each new fake is, half of the time, swapped for a stored one at random."""
-
-    def __init__(self, size):
-        self.size, self.images = size, []
-
-    def state(self):
-        return [image.cpu() for image in self.images]
-
-    def query(self, images):
-        """(N, C, H, W) without gradient -> as many, new or old."""
-        chosen = []
-        for image in images:
-            if len(self.images) < self.size:  # the pool fills up
-                self.images.append(image.clone())
-            elif self.size and torch.rand(()) < 0.5:  # a stored one goes out, the new one takes its place
-                slot = torch.randint(self.size, ()).item()
-                old = self.images[slot]
-                self.images[slot] = image.clone()
-                image = old
-            chosen.append(image)
-        return torch.stack(chosen)
 
 
 def main(argv=None):

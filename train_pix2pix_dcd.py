@@ -1,9 +1,10 @@
 """Compresses a Pix2Pix generator with DCD: Discriminator-Cooperated Feature Map Distillation (arXiv 2212.14169).
 
-A small student generator learns from a large teacher that is trained beside it. Their feature maps are compared not
-pixel by pixel but as the teacher's discriminator D_T sees them: each tapped map goes through a 1x1 connector and D_T.
-D_T, which reads (input, image) pairs, also judges the student's images. It starts from random weights and learns with
-both: a trained D_T would be too strong an opponent for the small student.
+A small student generator learns from a large teacher that is trained alongside it. Four feature maps of each, the taps,
+are compared not pixel by pixel but as the teacher's discriminator D_T sees them: each tap goes through a 1x1 connector
+and all layers of D_T but the last. D_T, which reads (input, image) pairs, also judges the student's images. By default
+it starts from random weights and learns together with both generators: a trained D_T would be too strong an opponent
+for the small student.
 
     python train_pix2pix_dcd.py --toy                                     # no data needed, minutes on a laptop
     python train_pix2pix_dcd.py --data datasets/edges2shoes               # the paper's experiment
@@ -44,7 +45,7 @@ def parse_args(argv):
     option("--data", metavar="FOLDER", help="holds train/ and val/ or test/, of pairs; with --resume if it has moved")
     option("--direction", choices=("AtoB", "BtoA"), default="AtoB", help="which domain is translated into which")
     number("--crop-size", 256, "side of the random crops, pixels: 4 n, for a U-Net 256 n", minimum=24)
-    option("--load-size", type=at_least(24), help="images are first resized to this square; 286/256 of --crop-size")
+    option("--load-size", type=at_least(24), help="images are first resized to this square; crop size * 286/256")
     option("--toy", action="store_true", help="small networks; without --data synthetic pictures, drawings to solids")
     option, number = models.add_section(parser, "networks; our own files store their widths")
     option("--teacher", nargs="+", metavar="FILE", help="trained G [D], or a checkpoint.pt of ours")
@@ -61,10 +62,15 @@ def parse_args(argv):
     number("--lambda-style", 1e4, "student: weight of the Gram matrices in VGG16")
     number("--lambda-feature", 10.0, "student: weight of relu2_2 of VGG16")
     number("--lambda-l1", 100.0, "teacher: weight of the L1 distance to the real image")
-    number("--teacher-every", 1, "student steps per step of the teacher and its discriminators")
+    number("--teacher-every", 1, "the teacher and D_T learn at every N-th step of the student")
     option("--distill", choices=("dcd", "pixel"), default="dcd", help="feature maps through D_T or pixel by pixel")
     number("--tap-size", 64, "shortest side of the maps given to D_T, pixels: smaller ones are enlarged", minimum=24)
-    option("--d-fakes", choices=("both", "teacher", "none"), default="both", help="what D_T learns from; none: frozen")
+    option(
+        "--d-fakes",
+        choices=("both", "teacher", "none"),
+        default="both",
+        help="whose fakes D_T learns from; none: frozen",
+    )
     option("--freeze-teacher", action="store_true", help="leave the teacher's generator as it is; D_T still learns")
     option, number = models.add_section(parser, "optimisation")
     number("--epochs", 100, "passes through the data at full learning rate")
@@ -116,9 +122,9 @@ def train(args, checkpoint):
     teacher_D = init_weights(PatchDiscriminator(6, args.ndf))
     student_G = init_weights(build_generator(args.student_arch, args.student_ngf))
     networks = dict(teacher_G=teacher_G, teacher_D=teacher_D, student_G=student_G)
-    # What they translate is stored with their weights
+    # Stored with their weights, and compared where they are loaded
     teacher_G.facts = student_G.facts = dict(script=NAME, size=args.crop_size, direction=args.direction)
-    # Weights from files. A network of another width is rebuilt in place, so load before building what has to fit it
+    # Weights from files. They may rebuild a network, at their own width: so before the connectors and the optimisers
     if checkpoint:
         records = checkpoint["networks"]
     else:
@@ -126,14 +132,14 @@ def train(args, checkpoint):
         records |= models.read_networks(args.student, ["student_G"])
     models.load_networks(networks, records)
     if args.d_fakes == "none" and "teacher_D" not in records:
-        raise InputError("--d-fakes none: --teacher needs its trained D too")
+        raise InputError("--d-fakes none: --teacher needs its trained D_T too")
 
-    # Losses: taps are the feature maps that are compared, four of them: see the generators' forward
+    # Losses: for the taps see the generators' forward
     if args.distill == "dcd":
         distill_loss = DCDLoss(student_G.tap_channels, teacher_G.tap_channels, 6, args.tap_size)
     else:
         distill_loss = PixelLoss(student_G.tap_channels, teacher_G.tap_channels)
-    networks["distill_loss"] = distill_loss  # it holds the connectors
+    networks["distill_loss"] = distill_loss  # for it holds the connectors
     perceptual_loss = None
     if args.lambda_style or args.lambda_feature:
         perceptual_loss = PerceptualLoss(args.vgg).to(device, memory_format=layout)
@@ -192,18 +198,19 @@ def train(args, checkpoint):
         lr = args.lr * min(1.0, steps_left / (decay_steps + 1))
         for optimizer in optimizers.values():
             optimizer.param_groups[0]["lr"] = lr
-        # The teacher and D_T learn at one step in teacher_every, the student at each
+        # The student learns at every step, the teacher and D_T at one in teacher_every
         teacher_step = (step - 1) % args.teacher_every == 0
         teacher_learns = teacher_step and not args.freeze_teacher
 
-        # One forward pass of each generator serves its own update, the distillation and the discriminator. G_S is in
-        # float32: bf16 in its residual blocks would change the direction of its gradient
+        # One forward pass of each generator serves its own update, the distillation and the discriminator. G_S is kept
+        # out of autocast: bf16 in its residual blocks would change the direction of its gradient
         with autocast(), torch.set_grad_enabled(teacher_learns):
             fake_B, teacher_taps = teacher_G(real_A, taps=True)
         fake_S, student_taps = student_G(real_A, taps=True)
 
-        # Collaborative discriminator D_T, with x = real_A, y = real_B, half of the fakes G's, half G_S's:
-        # (E[max(0, 1 - D_T(x, y))] + E[max(0, 1 + D_T(x, fake))]) / 2
+        # Discriminator, with x = real_A, y = real_B, half of the fakes G's, half G_S's, as the paper's collaborative
+        # discriminator sees them:
+        # L_D = (E[max(0, 1 - D_T(x, y))] + E[max(0, 1 + D_T(x, fake))]) / 2
         if teacher_step and args.d_fakes != "none":
             teacher_D.requires_grad_(True)
             images = [real_B, fake_B.detach()]
@@ -217,7 +224,7 @@ def train(args, checkpoint):
             take_step(optimizer_D, loss_D)
             meter.add(D_T=loss_D)
 
-        # Teacher: -E[D_T(x, G(x))] + lambda_l1 |G(x) - y|
+        # Teacher: L_T = - E[D_T(x, G(x))] + lambda_l1 |G(x) - y|
         teacher_D.requires_grad_(False)  # D_T is fixed while the generators learn
         if teacher_learns:
             with autocast():
@@ -226,10 +233,11 @@ def train(args, checkpoint):
             take_step(optimizer_G, loss_gan + args.lambda_l1 * loss_l1)
             meter.add(G_T_gan=loss_gan, G_T_l1=loss_l1)
 
-        # Student, taps f_i, connectors c_i, phi being D_T without its last layer; L_style, L_feature the L1 distances
-        # in VGG16, of Gram matrices and of relu2_2:
+        # Student, with taps f_i, connectors c_i, and phi, which is D_T without its last layer:
         # L_S = - lambda_gan E[D_T(x, G_S(x))] + lambda_dcd sum_i |phi(c_i^S(f_i^S)) - phi(c_i^T(f_i^T))|
         #       + lambda_style L_style(G_S(x), G(x)) + lambda_feature L_feature(G_S(x), G(x))
+        # The teacher's connectors c_i^T stay random: if both learned, mapping all to zero would be optimal. L_style and
+        # L_feature are L1 distances in VGG16, of Gram matrices and of relu2_2
         with autocast():
             loss_gan = generator_loss(teacher_D(torch.cat([real_A, fake_S], 1)), "hinge")
             loss_dcd = distill_loss(student_taps, teacher_taps, teacher_D.features)
@@ -255,7 +263,7 @@ def train(args, checkpoint):
         if rank == 0 and args.sample_every and (step % args.sample_every == 0 or last):
             save_samples(out / f"samples/{step:07d}.png", teacher_G, shipped, test_set)
 
-        # Save, before the evaluation, which takes long; stop if a signal asks for it, without the evaluation
+        # Save, before the evaluation, which takes long. After a signal stop here, without evaluating
         stop_signal = models.stop_asked()
         due = args.eval_every and (step % (args.eval_every * epoch_steps) == 0 or last)
         if step % args.save_every == 0 or due or last or stop_signal:
@@ -271,7 +279,7 @@ def train(args, checkpoint):
             if scores.get("fid_student", math.inf) < best:
                 best = scores["fid_student"]
                 models.save(out / "best_student.pt", models.pack(shipped))
-            save(step)
+            save(step)  # with the scores
             pace.restart(step)
 
     if rank == 0:

@@ -2,8 +2,8 @@
 
 The student generator G_S has two judges: its own discriminator D_S, trained with it, and the discriminator D_T of a
 trained teacher, frozen. Neither the teacher's generator nor its features are needed. Stage 0 trains the teacher if none
-is given; stage 1 trains the student pair from scratch as a plain StyleGAN2; stage 2 goes on from there with D_T's term,
-which is unstable from random weights. With --student-width 1 the method improves an uncompressed StyleGAN2.
+is given; stage 1 trains the student from scratch as a plain StyleGAN2; stage 2 goes on from there with D_T's term: with
+it from the beginning training is unstable. With --student-width 1 --student-d-width 1 it improves an uncompressed one.
 
     python train_stylegan2_dgl.py --toy                                              # no data needed, minutes
     python train_stylegan2_dgl.py --data ffhq/ --mirror --teacher stylegan2-ffhq-config-f.pkl   # the paper's experiment
@@ -32,7 +32,7 @@ from models import InputError, StyleGAN2Discriminator, StyleGAN2Generator, proce
 
 NAME = "stylegan2_dgl"
 SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
-STAGES = ("the teacher", "the student alone", "the student and D_T")
+STAGES = ("the teacher", "the student alone", "the student, guided by D_T")
 BUDGETS = ("teacher_kimg", "stage1_kimg", "stage2_kimg")
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -43,14 +43,14 @@ def parse_args(argv):
     """Returns the arguments and, when resuming, the checkpoint."""
     parser = models.run_parser(__doc__)
     option, number = models.add_section(parser, "data")
-    option("--data", metavar="IMAGES", help="a folder or .zip, searched through; with --resume if it has moved")
-    option("--size", type=int, choices=SIZES, help="side of the images, pixels; the teacher's, or 256")
+    option("--data", metavar="IMAGES", help="a folder, searched recursively, or .zip; with --resume if it moved")
+    option("--size", type=int, choices=SIZES, help="side of the images, pixels; if not given the teacher's, or 256")
     option("--mirror", action=argparse.BooleanOptionalAction, default=False, help="flip half of the images, at random")
-    option("--cache", metavar="FOLDER", help="where the resized images are kept, 3 SIZE^2 bytes each; OUT")
+    option("--cache", metavar="FOLDER", help="for the resized images, 3 SIZE^2 bytes each; if not given OUT")
     option("--toy", action="store_true", help="small networks; without --data synthetic pictures, round faces")
     option, number = models.add_section(parser, "networks; our own files and NVIDIA's store their sizes and widths")
-    option("--teacher", nargs=1, metavar="FILE", help="NVIDIA's .pkl, the community's {g, d, g_ema}, our teacher.pt")
-    option("--student", nargs=1, metavar="FILE", help="the same, to start from; or our stage1.pt or stage2.pt")
+    option("--teacher", nargs=1, metavar="FILE", help="NVIDIA's .pkl, rosinality's {g, d, g_ema}, or our teacher.pt")
+    option("--student", nargs=1, metavar="FILE", help="starts stage 2: any of these, our stage1.pt or stage2.pt")
     number("--teacher-width", 1.0, "factor on the channels of the teacher's networks", minimum=1 / 512)
     number("--student-width", 0.5, "factor on the channels of the student's G", minimum=1 / 512)
     number("--student-d-width", 0.5, "factor on the channels of the student's D", minimum=1 / 512)
@@ -63,16 +63,16 @@ def parse_args(argv):
     number("--stage2-kimg", 25000.0, "stage 2, thousand images")
     number("--lambda-dgl", 0.1, "stage 2: weight of D_T's term")
     number("--r1-gamma", 10.0, "weight of D's gradient penalty on real images, 0: none")
-    number("--r1-every", 16, "steps between its steps")
+    number("--r1-every", 16, "it is applied at every N-th step")
     number("--path-weight", 2.0, "weight of G's path length penalty, 0: none")
-    number("--path-every", 4, "steps between its steps")
-    number("--style-mixing", 0.9, "probability of mixing two latents")
+    number("--path-every", 4, "it is applied at every N-th step")
+    number("--style-mixing", 0.9, "probability that the images of a batch mix two latents")
     number("--ema-kimg", 10.0, "half-life of G's moving average, thousand images")
     option, number = models.add_section(parser, "optimisation")
     number("--batch-size", 32, "images per process and micro-batch")
-    number("--accumulate", 1, "micro-batches whose gradients make one update, of G and D")
+    number("--accumulate", 1, "micro-batches whose gradients make one update")
     number("--lr", 0.002, "learning rate of Adam")
-    number("--eval-images", 50000, "images that G's moving average draws for a FID", minimum=2)
+    number("--eval-images", 50000, "images that G's moving average draws for each FID", minimum=2)
     models.add_run_options(parser, unit="thousand images", eval_every=500, auto=", and bf16 where the device has it")
 
     args, checkpoint = models.parse_run(parser, argv, NAME, TOY, BUDGETS)
@@ -99,7 +99,8 @@ def train(args, checkpoint):
         """uint8 on the host -> [-1, 1] on the device."""
         return images.to(device, memory_format=layout, non_blocking=True).float() / 127.5 - 1
 
-    # Networks: a pair is G, D and G's moving average. Files that are given decide the shape of both pairs
+    # Networks: a pair is G and D, with G's moving average. From files that are given read_given copies size and widths
+    # into args
     records = checkpoint["networks"] if checkpoint else models.read_given(args)
     args.size = args.size or 256
     torch.manual_seed(args.seed)
@@ -107,7 +108,7 @@ def train(args, checkpoint):
     student = build_pair(args, args.student_width, args.student_d_width)
     networks = {f"student_{name}": net for name, net in student.items()}
     trains_teacher = args.teacher_kimg > 0 and not checkpoint
-    for name, net in teacher.items():  # of one that is given, what the file holds: D alone is needed
+    for name, net in teacher.items():  # of a given teacher what its files hold: D alone is needed
         if trains_teacher or f"teacher_{name}" in records:
             networks[f"teacher_{name}"] = net
     models.load_networks(networks, records)
@@ -136,7 +137,7 @@ def train(args, checkpoint):
         first_step, best, scores = checkpoint["step"], checkpoint["best"], checkpoint["scores"]
         meter = Meter(own["losses"])
         if first_step > stage_ends[checkpoint["stage"]]:
-            raise InputError(f"{out}: stage {checkpoint['stage']} has been longer than that already")
+            raise InputError(f"{out}: stage {checkpoint['stage']} has already been longer than that")
     images = StoredSquares(files, args.size, args.cache or out, args.workers)
     models.open_output(args, first_step)
     dataset = TrainingImages(images, args.mirror, args.seed)
@@ -151,9 +152,11 @@ def train(args, checkpoint):
         if stage > 0:
             models.save(out / "student.pt", models.pack(student["g_ema"]))
 
+    models.defer_signals()
+    pace.restart(first_step)
     for stage, (stage_start, stage_end) in enumerate(zip(stage_starts, stage_ends, strict=True)):
         steps = range(max(first_step, stage_start) + 1, min(stage_end, last_step) + 1)
-        if not steps:
+        if not steps:  # the stage is over, or --max-steps ends before it
             continue
         say(f"stage {stage}, {STAGES[stage]}: to step {stage_end}")
         pair = teacher if stage == 0 else student
@@ -165,8 +168,12 @@ def train(args, checkpoint):
         if checkpoint and stage == checkpoint["stage"]:
             for name, optimizer in optimizers.items():
                 optimizer.load_state_dict(checkpoint["optimizers"][name])
-        models.defer_signals()
-        pace.restart(steps[0] - 1)
+        G.requires_grad_(True)
+        generators = {}  # that are drawn and measured: the student's and a teacher's that is known
+        if "teacher_g_ema" in networks:
+            generators["teacher"] = teacher["g_ema"]
+        if stage > 0:
+            generators["student"] = student["g_ema"]
         for step in steps:
             stage_step = step - 1 - stage_start  # from 0
 
@@ -195,7 +202,6 @@ def train(args, checkpoint):
 
             # Generator: E[ softplus(-D(G(z))) ], in stage 2 + lambda_dgl E[ softplus(-D_T(G(z))) ], D_T being frozen
             D.requires_grad_(False)
-            G.requires_grad_(True)
             optimizer_G.zero_grad()
             for _ in range(args.accumulate):
                 with autocast():
@@ -209,7 +215,8 @@ def train(args, checkpoint):
                 (loss_G / args.accumulate).backward()
             finish_step(optimizer_G)
 
-            # Path length: E[ (|J_w^T y| - a)^2 ] on half a batch, a being the running mean of the lengths
+            # Path length: E[ (|J_w^T n| - a)^2 ] on half a batch; noise n, the image's Jacobian J_w with respect to w,
+            # the lengths' running mean a
             if args.path_weight and stage_step % args.path_every == 0:
                 optimizer_G.zero_grad()
                 for _ in range(args.accumulate):
@@ -219,7 +226,6 @@ def train(args, checkpoint):
                     (args.path_weight * args.path_every * loss_path / args.accumulate).backward()
                     meter.add(path=loss_path, path_mean=path_length.mean)
                 finish_step(optimizer_G)
-            G.requires_grad_(False)
             update_ema(G_ema, G, ema_decay)
 
             # Log
@@ -229,16 +235,11 @@ def train(args, checkpoint):
                 models.log(args, entry | pace.read(step) | meter.means())
                 meter = Meter()
 
-            # Samples, of the student and of a teacher whose generator is known
-            generators = {}
-            if "teacher_g_ema" in networks:
-                generators["teacher"] = teacher["g_ema"]
-            if stage > 0:
-                generators["student"] = student["g_ema"]
+            # Samples
             if rank == 0 and args.sample_every and (step % args.sample_every == 0 or stage_over or last):
                 save_samples(out / f"samples/stage{stage}_{step:07d}.png", generators, args.seed)
 
-            # Save, before the evaluation, which takes long; stop if a signal asks for it, without the evaluation
+            # Save, before the evaluation, which takes long. After a signal stop here, without evaluating
             stop_signal = models.stop_asked()
             due = inception is not None and (step % eval_steps == 0 or stage_over or last)
             if stage_over:
@@ -251,15 +252,16 @@ def train(args, checkpoint):
 
             # Evaluate; a teacher that no longer learns is measured once
             if due:
+                measured = dict(generators)
                 if stage > 0 and "fid_teacher" in scores:
-                    generators.pop("teacher", None)
+                    measured.pop("teacher")
                 with models.interruptible():
-                    scores = scores | evaluate(generators, images, inception, to_device, args)
+                    scores = scores | evaluate(measured, images, inception, to_device, args)
                 models.log(args, dict(step=step, evaluation=True) | scores)
                 if scores.get("fid_student", math.inf) < best:
                     best = scores["fid_student"]
                     models.save(out / "best_student.pt", models.pack(student["g_ema"]))
-                save(step, stage)
+                save(step, stage)  # with the scores
                 pace.restart(step)
 
     if rank == 0:
@@ -278,9 +280,9 @@ def build_pair(args, g_width, d_width):
 
 
 def lazy_adam(net, lr, every):
-    """Adam for a network whose penalty has a step of its own after every so many steps, or never (None).
+    """Adam for a network whose penalty has an extra step of its own after every k = every steps, or never (None).
 
-    k + 1 steps then do the work of k: lr * c and beta ** c with c = k / (k + 1) keep the pace (StyleGAN2, appendix B).
+    k + 1 steps then do the work of k: lr * c and beta ** c with c = k / (k + 1) make up for it (StyleGAN2, appendix B).
     """
     c = every / (every + 1) if every else 1.0
     return torch.optim.Adam(net.parameters(), lr=lr * c, betas=(0.0, 0.99**c), fused=True)
@@ -289,7 +291,7 @@ def lazy_adam(net, lr, every):
 def draw_images(G, n, style_mixing):
     """n images in [-1, 1], and the w, (n, layers, style_dim), that they come from.
 
-    With probability style_mixing all w are of two z, mixed at a random layer.
+    With probability style_mixing every image of the batch mixes two latents, from a random layer on.
     """
     count = 1 + int(torch.rand(()) < style_mixing)
     z = torch.randn(count, n, G.style_dim, device=next(G.parameters()).device)
