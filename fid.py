@@ -165,10 +165,13 @@ def feature_stats(parts):
     They are summed up in float64, where they are: memory does not grow with their number. With several processes every
     one has to call it, with its share; all return the statistics of all features. Raises InputError for fewer than two.
     """
-    n, total, products = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    n = 0
+    total = products = torch.zeros((), dtype=torch.float64)
     for part in parts:
         x = part.detach().double()
-        n, total, products = n + len(x), total + x.sum(dim=0), products + x.T @ x
+        n += len(x)
+        total = total + x.sum(dim=0)
+        products = products + x.T @ x
     shares = gather((n, total.cpu(), products.cpu()))
     n, total, products = (sum(column) for column in zip(*shares, strict=True))
     if n < 2:
@@ -196,8 +199,11 @@ def gather(item):
 def gather_rows(rows):
     """Return all processes' rows in one tensor (N, D): the first row of each by rank, then the second of each ..."""
     parts = gather(rows)
-    places = [torch.arange(len(part)) * len(parts) + rank for rank, part in enumerate(parts)]
-    return torch.cat(parts)[torch.cat(places).argsort()]
+    joined = torch.empty(sum(map(len, parts)), *parts[0].shape[1:])
+    for rank, part in enumerate(parts):
+        if len(part):
+            joined[rank :: len(parts)] = part
+    return joined
 
 
 def first_line(error):

@@ -18,6 +18,7 @@ imports nothing from the rest of the project: copy it beside a student.pt to use
 import argparse
 import contextlib
 import ctypes
+import functools
 import io
 import json
 import math
@@ -449,9 +450,10 @@ class StyleGAN2Generator(nn.Module):
 
         With two latents, layers from a random one on use the second: style mixing.
         """
-        z = [z] if isinstance(z, torch.Tensor) else list(z)
-        w = self.style(torch.cat(z)).unsqueeze(1).expand(-1, self.n_latent, -1)
-        if len(z) == 1:
+        mixes = not isinstance(z, torch.Tensor) and len(z) == 2
+        latents = z if isinstance(z, torch.Tensor) else torch.cat(list(z))
+        w = self.style(latents).unsqueeze(1).expand(-1, self.n_latent, -1)
+        if not mixes:
             return w.contiguous()
         index = torch.randint(1, self.n_latent, ()).item()
         first, second = w.chunk(2)
@@ -471,9 +473,10 @@ class StyleGAN2Generator(nn.Module):
         x = self.conv1(x, latents[:, 0], layer_noise(0))
         image = self.to_rgb1(x, latents[:, 1])
         for i, to_rgb in enumerate(self.to_rgbs):
-            x = self.convs[2 * i](x, latents[:, 2 * i + 1], layer_noise(2 * i + 1))
-            x = self.convs[2 * i + 1](x, latents[:, 2 * i + 2], layer_noise(2 * i + 2))
-            image = to_rgb(x, latents[:, 2 * i + 3], image)
+            n = 2 * i + 1  # the layer; its noise and its w have the same number
+            x = self.convs[n - 1](x, latents[:, n], layer_noise(n))
+            x = self.convs[n](x, latents[:, n + 1], layer_noise(n + 1))
+            image = to_rgb(x, latents[:, n + 2], image)
         return image
 
     def forward(self, z, truncation=1.0, mean_latent=None, fixed_noise=False):
@@ -503,7 +506,9 @@ def conv_layer(in_channels, out_channels, kernel_size, downsample=False, activat
         layers += [Blur(padding=2), EqualConv2d(in_channels, out_channels, kernel_size, stride=2)]
     else:
         layers += [EqualConv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2)]
-    return nn.Sequential(*layers, BiasLeakyReLU(out_channels, clamp)) if activate else nn.Sequential(*layers)
+    if activate:
+        layers += [BiasLeakyReLU(out_channels, clamp)]
+    return nn.Sequential(*layers)
 
 
 class ResidualDownBlock(nn.Module):
@@ -569,14 +574,15 @@ class SpectralLayer(nn.Module):
     stores the step's u in u0 and the norm in sv0. The gradient passes through the norm, but not through u and v.
     """
 
-    def __init__(self, *shape, bias=True, eps=1e-6):
+    eps = 1e-6
+
+    def __init__(self, *shape, bias=True):
         super().__init__()
         bound = 1 / math.sqrt(math.prod(shape[1:]))
         self.weight = nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(shape[0]).uniform_(-bound, bound)) if bias else None
         self.register_buffer("u0", torch.randn(1, shape[0]))
         self.register_buffer("sv0", torch.ones(1))
-        self.eps = eps
 
     def normalised_weight(self):
         """W / sigma: v = unit(W^T u0), u = unit(W v), sigma = u . W v. In the type of W, even under autocast."""
@@ -604,24 +610,25 @@ class SpectralLayer(nn.Module):
 class SelfAttention(nn.Module):
     """x + gamma * attention of every position to the 2x2 max-pooled ones (arXiv 1805.08318), dot products unscaled."""
 
-    def __init__(self, channels, eps):
+    def __init__(self, channels):
         super().__init__()
         if channels < 8:
             raise InputError(f"attention needs 8 channels or more, found {channels}: raise ch, or --attention 0")
-        self.theta = SpectralLayer(channels // 8, channels, 1, 1, bias=False, eps=eps)
-        self.phi = SpectralLayer(channels // 8, channels, 1, 1, bias=False, eps=eps)
-        self.g = SpectralLayer(channels // 2, channels, 1, 1, bias=False, eps=eps)
-        self.o = SpectralLayer(channels, channels // 2, 1, 1, bias=False, eps=eps)
+        self.theta = SpectralLayer(channels // 8, channels, 1, 1, bias=False)
+        self.phi = SpectralLayer(channels // 8, channels, 1, 1, bias=False)
+        self.g = SpectralLayer(channels // 2, channels, 1, 1, bias=False)
+        self.o = SpectralLayer(channels, channels // 2, 1, 1, bias=False)
         self.gamma = nn.Parameter(torch.zeros(()))
 
     def forward(self, x):
-        query = self.theta(x)
-        key = F.max_pool2d(self.phi(x), 2)
-        value = F.max_pool2d(self.g(x), 2)
-        query, key, value = (m.flatten(2).mT.unsqueeze(1) for m in (query, key, value))  # (N, 1, positions, channels)
-        if query.is_cuda:  # fast kernels take multiples of 8 channels, and zeros change nothing
-            query, key = (F.pad(x, (0, -x.shape[3] % 8)) for x in (query, key))
-        attended = F.scaled_dot_product_attention(query, key, value, scale=1.0)
+        query = self.theta(x).flatten(2).mT  # (N, positions, channels)
+        key = F.max_pool2d(self.phi(x), 2).flatten(2).mT
+        value = F.max_pool2d(self.g(x), 2).flatten(2).mT
+        if x.is_cuda:  # fast kernels take multiples of 8 channels, and zeros change nothing
+            padding = (0, -query.shape[2] % 8)
+            query, key = F.pad(query, padding), F.pad(key, padding)
+        # One head: (N, 1, positions, channels)
+        attended = F.scaled_dot_product_attention(query[:, None], key[:, None], value[:, None], scale=1.0)
         attended = attended.mT.reshape(len(x), -1, *x.shape[2:])
         return x + self.gamma * self.o(attended)
 
@@ -660,11 +667,11 @@ class OutputBatchNorm(nn.Module):
 class GeneratorBlock(nn.Module):
     """Residual block that doubles the side; both branches are enlarged before their convolutions."""
 
-    def __init__(self, in_channels, out_channels, make_map, eps):
+    def __init__(self, in_channels, out_channels, make_map):
         super().__init__()
-        self.conv1 = SpectralLayer(out_channels, in_channels, 3, 3, eps=eps)
-        self.conv2 = SpectralLayer(out_channels, out_channels, 3, 3, eps=eps)
-        self.conv_sc = SpectralLayer(out_channels, in_channels, 1, 1, eps=eps)
+        self.conv1 = SpectralLayer(out_channels, in_channels, 3, 3)
+        self.conv2 = SpectralLayer(out_channels, out_channels, 3, 3)
+        self.conv_sc = SpectralLayer(out_channels, in_channels, 1, 1)
         self.bn1 = ConditionalBatchNorm(in_channels, make_map)
         self.bn2 = ConditionalBatchNorm(out_channels, make_map)
 
@@ -677,13 +684,13 @@ class GeneratorBlock(nn.Module):
 class DiscriminatorBlock(nn.Module):
     """Residual block, wide form; halve: average pooling at the end; first: reads images, so no ReLU at the entry."""
 
-    def __init__(self, in_channels, out_channels, first, halve, eps):
+    def __init__(self, in_channels, out_channels, first, halve):
         super().__init__()
-        self.conv1 = SpectralLayer(out_channels, in_channels, 3, 3, eps=eps)
-        self.conv2 = SpectralLayer(out_channels, out_channels, 3, 3, eps=eps)
+        self.conv1 = SpectralLayer(out_channels, in_channels, 3, 3)
+        self.conv2 = SpectralLayer(out_channels, out_channels, 3, 3)
         self.conv_sc = nn.Identity()
         if halve or in_channels != out_channels:
-            self.conv_sc = SpectralLayer(out_channels, in_channels, 1, 1, eps=eps)
+            self.conv_sc = SpectralLayer(out_channels, in_channels, 1, 1)
         self.first, self.halve = first, halve
 
     def forward(self, x):
@@ -741,18 +748,19 @@ class BigGANGenerator(nn.Module):
             if not shared_dim:
                 return nn.Embedding(n_classes, channels)
             condition_dim = shared_dim + chunk if hierarchical else shared_dim
-            return SpectralLayer(channels, condition_dim, bias=False, eps=sn_eps)
+            return SpectralLayer(channels, condition_dim, bias=False)
 
         self.shared = nn.Embedding(n_classes, shared_dim) if shared_dim else nn.Identity()
-        self.linear = SpectralLayer(16 * start, chunk, eps=sn_eps)
+        self.linear = SpectralLayer(16 * start, chunk)
         self.blocks = nn.ModuleList()
         for i, (before, after) in enumerate(zip([start, *widths], widths, strict=False)):
-            self.blocks.append(nn.ModuleList([GeneratorBlock(before, after, make_map, sn_eps)]))
+            self.blocks.append(nn.ModuleList([GeneratorBlock(before, after, make_map)]))
             if 8 * 2**i == attention:
-                self.blocks[i].append(SelfAttention(after, sn_eps))
+                self.blocks[i].append(SelfAttention(after))
         self.output_layer = nn.Sequential(
-            OutputBatchNorm(widths[-1]), nn.ReLU(inplace=True), SpectralLayer(3, widths[-1], 3, 3, eps=sn_eps)
+            OutputBatchNorm(widths[-1]), nn.ReLU(inplace=True), SpectralLayer(3, widths[-1], 3, 3)
         )
+        set_sn_eps(self, sn_eps)
 
     def forward(self, z, y):
         """Latents z (N, dim_z) from N(0, 1) and classes y -> images (N, 3, size, size) in [-1, 1], in z's type.
@@ -782,12 +790,13 @@ class BigGANDiscriminator(nn.Module):
         halvings = 2 if size == 32 else len(widths) - 1
         self.blocks = nn.Sequential()
         for i, (before, after) in enumerate(zip([3, *widths], widths, strict=False)):
-            layers = [DiscriminatorBlock(before, after, first=i == 0, halve=i < halvings, eps=sn_eps)]
+            layers = [DiscriminatorBlock(before, after, first=i == 0, halve=i < halvings)]
             if size >> min(i + 1, halvings) == attention:
-                layers += [SelfAttention(after, sn_eps)]
+                layers += [SelfAttention(after)]
             self.blocks.append(nn.Sequential(*layers))
-        self.linear = SpectralLayer(1, widths[-1], eps=sn_eps)
-        self.embed = SpectralLayer(n_classes, widths[-1], bias=False, eps=sn_eps)  # one row a class
+        self.linear = SpectralLayer(1, widths[-1])
+        self.embed = SpectralLayer(n_classes, widths[-1], bias=False)  # one row a class
+        set_sn_eps(self, sn_eps)
 
     def forward(self, images, labels):
         """(N, 3, size, size) in [-1, 1] and their classes (N,) -> logits (N, 1), in the type of the weights."""
@@ -796,6 +805,12 @@ class BigGANDiscriminator(nn.Module):
             h = F.relu(x).sum((2, 3), dtype=self.linear.weight.dtype)
             projection = F.embedding(labels, self.embed.normalised_weight()) * h
             return self.linear(h) + projection.sum(1, keepdim=True)
+
+
+def set_sn_eps(net, eps):
+    for module in net.modules():
+        if isinstance(module, SpectralLayer):
+            module.eps = eps
 
 
 def init_biggan(net, orthogonal=True):
@@ -826,11 +841,10 @@ def write_atomically(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException as error:
+    except (OSError, RuntimeError) as error:  # the second is torch's word for a full disk
+        raise OSError(f"{path}: not written, what was there stays ({error})") from error
+    finally:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, (OSError, RuntimeError)):  # the second is torch's word for a full disk
-            raise OSError(f"{path}: not written, what was there stays ({error})") from error
-        raise
 
 
 def load_file(path):
@@ -860,10 +874,8 @@ def save(path, content):
 def pack(net):
     """What a file of ours holds of a network: its weights, how to build it again, and facts for those who use it."""
     state_dict = {key: value.cpu() for key, value in net.state_dict().items()}
-    record = dict(network=type(net).__name__, state_dict=state_dict, facts=getattr(net, "facts", {}))
-    if hasattr(net, "config"):
-        record["config"] = net.config
-    return record
+    config, facts = getattr(net, "config", {}), getattr(net, "facts", {})
+    return dict(network=type(net).__name__, config=config, state_dict=state_dict, facts=facts)
 
 
 def adapt_reference_keys(state_dict, own):
@@ -899,7 +911,7 @@ def load_weights(net, record, source):
         if fact in theirs and fact in ours and theirs[fact] != ours[fact]:
             raise InputError(f"{source}: their {fact} is {theirs[fact]}, expected {ours[fact]}")
     try:
-        if config is not None and config != net.config:
+        if config and config != net.config:
             training = net.training
             with torch.random.fork_rng(devices=[]):
                 net.__init__(**config)  # anew, in place and on the CPU
@@ -933,12 +945,12 @@ def read_networks(paths, names):
     else:
         files = [load_file(path) for path in paths]
         content = files[0].get("networks", files[0])
-        if len(files) <= len(names) and "networks" not in files[0] and content.keys().isdisjoint(names):
+        if "networks" not in files[0] and content.keys().isdisjoint(names):  # a file for each
             content = dict(zip(names, files, strict=False))
     records = {name: content[name] for name in names if name in content}
-    if not records:
-        wanted = f"{', '.join(names)}: a file each, or one of all, DGL's teacher.pt, stage1.pt .., DCD's checkpoint.pt"
-        raise InputError(f"{' '.join(paths)}: expected {wanted}")
+    if len(records) < len(paths):
+        found = " ".join(map(str, paths))
+        raise InputError(f"{found}: expected {', '.join(names)}, a file each, or one that has them by these names")
     return records
 
 
@@ -952,6 +964,22 @@ def check_stages(args):
         raise InputError("--teacher-kimg, --stage1-kimg and --stage2-kimg are all 0: nothing to train")
     if args.stage2_kimg and not (args.teacher or args.teacher_kimg):
         raise InputError("stage 2 needs a teacher: give --teacher FILE or a --teacher-kimg, or --stage2-kimg 0")
+
+
+def load_given(args, checkpoint, networks, teacher_names):
+    """Loads a DCD script's networks, given by name: the checkpoint's when resuming, else those of --teacher, --student.
+
+    Networks of other widths are rebuilt in place. teacher_names: in the order of --teacher's files.
+    """
+    for name in ("teacher_G", "student_G"):  # stored with their weights, and compared where they are loaded
+        networks[name].facts = dict(script=args.script, size=args.crop_size, direction=args.direction)
+    if checkpoint:
+        records = checkpoint["networks"]
+    else:
+        records = read_networks(args.teacher, teacher_names) | read_networks(args.student, ["student_G"])
+    load_networks(networks, records)
+    if args.d_fakes == "none" and "teacher_D" not in records:
+        raise InputError("--d-fakes none: --teacher needs its trained D_T too")
 
 
 def read_given(args):
@@ -1030,31 +1058,17 @@ TENSORFLOW_NAMES = {
     "mod_": "affine.",
     "/": ".",
 }
-MBSTD_GROUP = "b4.mbstd.group_size"
-TENSORFLOW_OPTIONS = {
-    "label_size": "c_dim",
-    "num_channels": "img_channels",
-    "use_noise": "use_noise",
-    "normalize_latents": "normalize_latents",
-    "mapping_lrmul": "mapping.fc0.bias_gain",
-    "mapping_nonlinearity": "mapping.fc0.activation",
-    "nonlinearity": "b4.conv.activation",
-    "conv_clamp": "b4.conv.conv_clamp",
-    "mbstd_group_size": MBSTD_GROUP,
-    "mbstd_num_features": "b4.mbstd.num_channels",
-    "resample_kernel": "resample_kernel",
-}
-NVIDIA_OPTIONS = {  # what another value than ours makes of a network: where it stands, and ours
-    "class-conditional": (r"\bc_dim$", 0),
-    "not RGB": (r"\bimg_channels$", 3),
+NVIDIA_OPTIONS = {  # what another value than ours makes of a network: what it is called, in TensorFlow too, and ours
+    "class-conditional": (r"\b(c_dim|label_size)$", 0),
+    "not RGB": (r"(\bimg_channels|^num_channels)$", 3),
     "a generator of another architecture": (r"^synthesis\.b\d+\.architecture$", "skip"),
     "a discriminator of another architecture": (r"^b\d+\.architecture$", "resnet"),
     "a generator without noise": (r"\buse_noise$", True),
     "a mapping that keeps the length of z": (r"\bnormalize_latents$", True),
-    "a mapping with another learning rate": (r"^mapping\.fc\d+\.bias_gain$", 0.01),
-    "another activation": (r"\b(conv\d?|fromrgb|fc\d*)\.activation$", "lrelu"),
+    "a mapping with another learning rate": (r"^(mapping\.fc\d+\.bias_gain|mapping_lrmul)$", 0.01),
+    "another activation": (r"\b(conv\d?|fromrgb|fc\d*)\.activation$|nonlinearity$", "lrelu"),
     "another filter": (r"^resample_kernel$", [1, 3, 3, 1]),
-    "another minibatch standard deviation": (r"\bmbstd\.num_channels$", 1),
+    "another minibatch standard deviation": (r"\bmbstd(\.num_channel|_num_feature)s$", 1),
 }
 
 
@@ -1125,8 +1139,6 @@ def unpickle_nvidia(file):
         return tensor
 
     def rebuild_module(meta):
-        if (meta["type"], meta["version"]) != ("class", 6):
-            raise InputError(f"it has a {meta['type']!r} of version {meta['version']!r}, expected a class of version 6")
         return meta["state"]
 
     answers = {
@@ -1167,7 +1179,7 @@ def convert_nvidia(content):
     roles, networks, notes = ("G", "D", "G_ema"), {}, []
     if isinstance(content, tuple):
         stored = {role: flatten_tensorflow(network) for role, network in zip(roles, content, strict=True)}
-        unsaid = MBSTD_GROUP not in stored["D"]
+        unsaid = "mbstd_group_size" not in stored["D"]
     else:
         stored = {role: flatten_module(content[role]) for role in roles if content.get(role)}
         training = content.get("training_set_kwargs")
@@ -1177,10 +1189,10 @@ def convert_nvidia(content):
             notes.append(f"D learnt from images augmented with probability {p:.3g}, it is given clean ones")
         if training and training.get("xflip"):
             notes.append("trained on mirrored images too, use --mirror")
-        # A file that was converted from TensorFlow's has no training set, and None for groups that were left unsaid.
-        unsaid = training is None and "D" in stored and stored["D"].get(MBSTD_GROUP, 4) is None
+        # A file that was converted from TensorFlow's has no training set, and None for groups that were left unsaid
+        unsaid = training is None and "D" in stored and stored["D"].get("b4.mbstd.group_size", 4) is None
     if unsaid:
-        stored["D"][MBSTD_GROUP] = 4
+        stored["D"]["b4.mbstd.group_size"] = 4
         notes.append("D: mbstd_group 4 is assumed, the original StyleGAN2's: the file does not say")
     for role in roles:
         try:
@@ -1230,7 +1242,7 @@ def flatten_tensorflow(network):
             if name.endswith("mod_bias"):
                 value = value + 1
             flat[rename(prefix + name.lower(), TENSORFLOW_NAMES)] = value
-    return flat | {ours: arguments[theirs] for theirs, ours in TENSORFLOW_OPTIONS.items() if theirs in arguments}
+    return flat | arguments
 
 
 def check_nvidia(flat):
@@ -1241,9 +1253,7 @@ def check_nvidia(flat):
                 raise InputError(f"{meaning}: {name} is {value!r}, expected {ours!r}")
     kernel = Blur(padding=1).kernel
     for name, value in flat.items():
-        layer = name.removesuffix("resample_filter")
-        resamples = 2 in (flat.get(f"{layer}up", 2), flat.get(f"{layer}down"))
-        if layer != name and resamples and not torch.equal(value.float(), kernel):
+        if name.endswith("resample_filter") and not torch.equal(value.float(), kernel):
             raise InputError(f"another filter than 1 3 3 1: {name}")
         if isinstance(value, torch.Tensor) and not value.isfinite().all():
             raise InputError(f"{name} is not finite")
@@ -1267,10 +1277,8 @@ def build_nvidia(role, flat):
     multipliers = [m for m in (2, 1) if stylegan2_channels(size, m, width) == channels]
     if not multipliers:
         raise InputError(f"channels of the blocks are {channels}: not StyleGAN2's of configuration e or f at any width")
-    clamps = {value for name, value in flat.items() if name.endswith("conv_clamp") and ".skip." not in name}
-    if len(clamps) > 1:
-        raise InputError(f"layers with different limits: {clamps}")
-    clamp = clamps.pop() if clamps else None
+    layer = "synthesis.b4.conv1" if generator else "b4.conv"
+    clamp = flat.get(f"{layer}.conv_clamp", flat.get("conv_clamp"))  # one limit for all layers
     common = dict(channel_multiplier=multipliers[0], width=width, conv_clamp=clamp)
     if generator:
         style_dim = weights["synthesis.b4.conv1.affine.weight"].shape[1]
@@ -1278,7 +1286,8 @@ def build_nvidia(role, flat):
         net = StyleGAN2Generator(size, style_dim, n_mlp, **common)
         replacements = NVIDIA_GENERATOR
     else:
-        net = StyleGAN2Discriminator(size, mbstd_group=flat.get(MBSTD_GROUP, 4), **common)
+        mbstd_group = flat.get("b4.mbstd.group_size", flat.get("mbstd_group_size"))
+        net = StyleGAN2Discriminator(size, mbstd_group=mbstd_group, **common)
         replacements = {
             r"^convs\.0\.\d": f"b{size}.fromrgb",
             r"^convs\.(\d+)": lambda match: f"b{2 * size >> int(match[1])}",
@@ -1326,7 +1335,7 @@ def broadcast_weights(networks):
                 dist.broadcast(tensor, 0)
 
 
-def start_processes(device, amp):
+def start_processes(device, amp, one_thread=False):
     """Joins the process group that torchrun describes, if any, and tunes torch to the device -> (rank, processes).
 
     amp "off" is true float32: no TF32 either.
@@ -1336,13 +1345,16 @@ def start_processes(device, amp):
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = amp != "off"
         torch.set_float32_matmul_precision("highest" if amp == "off" else "high")
-    elif hasattr(ctypes.CDLL(None) if os.name == "posix" else None, "mallopt"):
+    elif sys.platform == "linux":
         # glibc would give every tensor over 32 MB back to the system, and clearing its pages anew can cost half a step.
-        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: blocks mapped one by one
-        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: bytes kept at the end of the heap
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: blocks mapped one by one
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: bytes kept at the end of the heap
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=2))  # rank 0 may download, or resize the images
+    if one_thread:  # a toy's maps are so small that a second one only adds overhead
+        torch.set_num_threads(1)
     return processes()
 
 
@@ -1463,12 +1475,16 @@ def parse_run(parser, argv, name, toy, budgets):
     args = parser.parse_args(argv)
     if not (args.data or args.toy):
         raise InputError("--data is missing; --toy needs none")
-    if given.resume:
-        for key, value in vars(args).items():
-            if key not in (*FREE, *budgets) and value != defaults.get(key, value):
-                option = f"--{key.replace('_', '-')}"
-                raise InputError(f"{out}: the run has {option} {defaults[key]}, not {value}; start another with --out")
+    for key, value in changes(args, defaults).items():
+        if given.resume and key not in budgets:
+            option = f"--{key.replace('_', '-')}"
+            raise InputError(f"{out}: the run has {option} {defaults[key]}, not {value}; start another with --out")
     return args, checkpoint
+
+
+def changes(args, before):
+    """{name: value} of the options, not FREE, that differ from those of a run."""
+    return {k: v for k, v in vars(args).items() if k not in FREE and v != before.get(k, v)}
 
 
 def data_folder(args, checkpoint, write_toy_dataset):
@@ -1491,17 +1507,12 @@ def open_output(args, step):
     out = Path(args.out)
     (out / "samples").mkdir(parents=True, exist_ok=True)
     if args.resume:
-        lines = []
-        if (out / "log.jsonl").exists():
-            lines = (out / "log.jsonl").read_text().splitlines()
-        whole = [line for line in lines if line.endswith("}")]
+        path = out / "log.jsonl"
+        path.touch()
+        whole = [line for line in path.read_text().splitlines() if line.endswith("}")]
         kept = [line for line in whole if json.loads(line)["step"] <= step]
-        write_text(out / "log.jsonl", "".join(line + "\n" for line in kept))
-        before = json.loads((out / "args.json").read_text())
-        budgets = {}
-        for key, value in vars(args).items():
-            if key not in FREE and value != before.get(key):
-                budgets[key] = value
+        write_text(path, "".join(line + "\n" for line in kept))
+        budgets = changes(args, json.loads((out / "args.json").read_text()))
         if budgets:
             log(args, dict(step=step) | budgets)
     write_json(out / "args.json", vars(args))
@@ -1594,6 +1605,12 @@ def restore(checkpoint, networks, optimizers):
 # Batches
 
 
+@functools.lru_cache(maxsize=4)
+def shuffled(length, *seed):
+    """The order of one pass through a data set, from its seed, a few integers."""
+    return np.random.default_rng(seed).permutation(length)
+
+
 def share_batches(dataset, batch_size, workers, items=None):
     """Iterates over every world-th of these items (a range; None: all): this process's share, in batches of batch_size.
 
@@ -1669,8 +1686,9 @@ def run_script(name, parse_args, work, argv=None):
     try:
         work(*parse_args(argv))
     except (InputError, OSError) as error:
-        line = str(error).strip().splitlines()[-1].rpartition("InputError: ")[2]  # a worker's has its traceback before
-        print(f"{name}.py: error: {line}", file=sys.stderr)
+        last_line = str(error).strip().splitlines()[-1]
+        message = last_line.rpartition("InputError: ")[2]  # one from a worker has its traceback before the message
+        print(f"{name}.py: error: {message}", file=sys.stderr)
         sys.exit(2)
     finally:
         signals.update(deferred=False, received=0)
@@ -1729,9 +1747,10 @@ def translate(net, image):
     pixels = np.asarray(image)
     height, width = pixels.shape[:2]
     # Maps of less than 4x4, of images of 16x16, cannot be padded inside the network
-    padding = [max(-side % net.size_multiple, 16 - side) for side in (height, width)]
-    pixels = np.pad(pixels, ((0, padding[0]), (0, padding[1]), (0, 0)), mode="reflect")
-    x = torch.from_numpy(pixels).to(next(net.parameters()).device).permute(2, 0, 1)[None] / 127.5 - 1
+    below, right = (max(-side % net.size_multiple, 16 - side) for side in (height, width))
+    pixels = np.pad(pixels, ((0, below), (0, right), (0, 0)), mode="reflect")
+    device = next(net.parameters()).device
+    x = torch.from_numpy(pixels).to(device).permute(2, 0, 1)[None] / 127.5 - 1
     return to_image(net(x)[0, :, :height, :width])
 
 
@@ -1820,7 +1839,7 @@ def draw_samples(net, target, count, truncation, seed, label=None):
         print(f"class {label}: {net.facts['classes'][label]}")
 
 
-def published_conv_flops(x_shape, w_shape, _bias, _stride, _padding, _dilation, _transposed, *_, out_shape=None, **__):
+def published_conv_flops(_x_shape, w_shape, *_, out_shape, **__):
     """Two operations per weight and output pixel, also of a transposed convolution, where the exact count is per input
     pixel: the counter of the GAN compression papers counts a stride-2 transposed convolution four times over."""
     return 2 * out_shape[0] * math.prod(out_shape[2:]) * math.prod(w_shape)
@@ -1832,7 +1851,8 @@ def measure_cost(name, net, *inputs):
     convolutions and matrix products, "macs_published": as the compression papers count them, "milliseconds": the best
     of three calls}. The network is put in eval mode."""
     net.eval()
-    cost, times = dict(parameters=sum(p.numel() for p in net.parameters())), []
+    cost = dict(parameters=sum(p.numel() for p in net.parameters()))
+    times = []
     published = {torch.ops.aten.convolution: published_conv_flops}
     for count, counters in dict(macs={}, macs_published=published).items():
         with FlopCounterMode(display=False, custom_mapping=counters) as counter:

@@ -456,13 +456,14 @@ train_cyclegan_dcd | --lr nan | --lr
 train_cyclegan_dcd | --teacher {bad}/code.pt | more than plain tensors, of which nothing is run
 train_cyclegan_dcd | --teacher {bad}/pickle.pt | it asks for 'posix.system'
 train_cyclegan_dcd | --teacher {bad}/narrow.pt | size mismatch for model.1.weight
-train_pix2pix_dcd | --teacher {bad}/narrow.pt --teacher-ngf 2 --freeze-teacher --d-fakes none | trained D too
+train_pix2pix_dcd | --teacher {bad}/narrow.pt --teacher-ngf 2 --freeze-teacher --d-fakes none | trained D_T too
 train_cyclegan_dcd | --student {bad}/facts.pt --direction BtoA | their direction is AtoB, expected BtoA
 train_pix2pix_dcd | --data {bad}/odd | 0.png is 201x100 pixels
 train_stylegan2_dgl | --teacher-kimg 0 | stage 2 needs a teacher
 train_stylegan2_dgl | --teacher-kimg 0 --teacher {bad}/pair.pt --size 16 | its images are of 8 pixels, not of 16
 train_biggan_dgl | --data {bad}/odd/train | lies in no class folder
 train_biggan_dgl | --attention 16 | attention needs 8 channels or more, found 4
+train_biggan_dgl | --teacher {bad}/classes.pt {bad}/narrow.pt --teacher-kimg 0 | narrow.pt: expected d, g_ema, a file
 train_biggan_dgl | --teacher {bad}/classes.pt --teacher-kimg 0 | its class 1 is 'z', in --data 'y'
 train_stylegan2_dgl | --data {bad}/header/trainA | 0.png: not a readable image
 train_stylegan2_dgl | --data {bad}/floats | float.tif: not a readable image (its values have 32 bits
@@ -473,7 +474,7 @@ models | {bad}/student.pt {bad}/floats/float.tif out | float.tif: its values hav
 models | {bad}/student.pt {bad}/gone out | No such file or directory
 models | {bad}/half.pt a b | half.pt: not a checkpoint: damaged, or
 models | {bad}/config.pt a b | config.pt: no generator that can be built (TypeError
-models | {bad}/whole.pt a | whole.pt: expected g_ema: a file each, or one of all
+models | {bad}/whole.pt a | whole.pt: expected g_ema, a file each, or one that has them
 models | {bad}/pickle.pt a b | it asks for 'posix.system', which no StyleGAN2 needs
 models | missing.pt a b | missing.pt: no such file
 train_cyclegan_dcd | --teacher {bad}/five.pt | the weights of teacher_G: does not fit this ResnetGenerator: 'int' object

@@ -124,16 +124,14 @@ def train(args, checkpoint):
     for net in networks.values():
         net.to(device, memory_format=layout).requires_grad_(False)
     models.broadcast_weights(networks.values())
-    inception = None
-    if args.eval_every and args.inception != "none":
-        inception = fid.load_inception(args.inception, device)
+    measures_fid = args.eval_every and args.inception != "none"
+    inception = fid.load_inception(args.inception, device) if measures_fid else None
 
     # Steps count through all stages; one shows D so many micro-batches of real images, and G makes one update
     micro_batches = args.d_steps * args.accumulate
     step_images = args.batch_size * micro_batches * world
     stage_steps = [math.ceil(getattr(args, budget) * 1000 / step_images) for budget in BUDGETS]
     stage_ends = list(itertools.accumulate(stage_steps))
-    stage_starts = [0, *stage_ends[:-1]]
     last_step = min(stage_ends[-1], args.max_steps or stage_ends[-1])
     eval_steps = math.ceil(args.eval_every * 1000 / step_images)
     optimizers, first_step, best, scores = {}, 0, math.inf, {}
@@ -164,15 +162,14 @@ def train(args, checkpoint):
 
     models.defer_signals()
     pace.restart(first_step)
-    for stage, (stage_start, stage_end) in enumerate(zip(stage_starts, stage_ends, strict=True)):
+    for stage, (stage_start, stage_end) in enumerate(itertools.pairwise([0, *stage_ends])):
         steps = range(max(first_step, stage_start) + 1, min(stage_end, last_step) + 1)
         if not steps:  # the stage is over, or --max-steps ends before it
             continue
         say(f"stage {stage}, {STAGES[stage]}: to step {stage_end}")
         pair = teacher if stage == 0 else student
         teacher_D = teacher["d"]
-        if stage > 0:
-            teacher_D.eval()  # frozen: in train mode its spectral vectors would move
+        teacher_D.train(stage == 0)  # then it is frozen: in train mode its spectral vectors would move
         G, D, G_ema = pair["g"], pair["d"], pair["g_ema"]
         adam = functools.partial(torch.optim.Adam, betas=(0.0, 0.999), eps=args.adam_eps, fused=True)
         optimizer_G, optimizer_D = adam(G.parameters(), lr=args.lr), adam(D.parameters(), lr=args.d_lr)
@@ -304,8 +301,12 @@ def draw_inputs(G, n):
 def evaluate(generators, images, inception, to_device, args):
     """{"fid_NAME": .., "is_NAME": ..}: Fréchet distances of each generator's images to the real ones' statistics, and
     Inception scores."""
+
+    def reals():
+        yield from map(to_device, models.share_batches(images, 32, args.workers))
+
     kept = Path(args.out, images.path.stem)
-    real = kept_stats(kept, map(to_device, models.share_batches(images, 32, args.workers)), inception)
+    real = kept_stats(kept, reals(), inception)
     scores = {}
     for name, G in generators.items():
         fake, (score, _) = generated_stats(draw(G, args), inception, splits=10)
@@ -369,11 +370,6 @@ def find_classes(files):
     return classes, [numbers[part[0]] for part in parts]
 
 
-@functools.lru_cache(maxsize=4)
-def shuffled(length, seed, epoch):
-    return np.random.default_rng([seed, epoch]).permutation(length)
-
-
 class LabelledImages(Dataset):
     """Item n of the training run: image and class, in an order shuffled for every pass through them, flipped at random.
 
@@ -388,7 +384,7 @@ class LabelledImages(Dataset):
 
     def __getitem__(self, n):
         epoch, k = divmod(n, len(self))
-        index = int(shuffled(len(self), self.seed, epoch)[k])
+        index = int(models.shuffled(len(self), self.seed, epoch)[k])
         image = self.images[index]
         if self.mirror and np.random.default_rng([self.seed, n]).random() < 0.5:
             image = image.flip(2)

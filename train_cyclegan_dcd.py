@@ -81,13 +81,7 @@ def parse_args(argv):
     models.add_run_options(parser, unit="epochs", eval_every=40, auto="")
 
     args, checkpoint = models.parse_run(parser, argv, NAME, TOY, budgets=("epochs", "epochs_decay"))
-    args.load_size = args.load_size or round(args.crop_size * 286 / 256)
-    if args.crop_size % 4 or args.load_size < args.crop_size:
-        raise InputError(f"--crop-size {args.crop_size}: expected a multiple of 4, up to --load-size {args.load_size}")
-    if args.freeze_teacher and not args.teacher:
-        raise InputError("--freeze-teacher needs a trained --teacher FILE")
-    if args.d_fakes == "none" and not args.freeze_teacher:
-        raise InputError("--d-fakes none needs --freeze-teacher: no teacher can learn against a frozen D_T")
+    check(args)
     return args, checkpoint
 
 
@@ -97,40 +91,25 @@ def parse_args(argv):
 
 def train(args, checkpoint):
     device = fid.pick_device(args.device)
-    rank, world = models.start_processes(device, args.amp)
-    if args.toy:
-        torch.set_num_threads(1)  # its maps are so small that a second thread only adds overhead
+    rank, world = models.start_processes(device, args.amp, one_thread=args.toy)
     out = Path(args.out)
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=args.amp == "bf16")
     layout = models.fast_layout(device)
-
-    def to_device(images):
-        return images.to(device, memory_format=layout, non_blocking=True)
-
-    # Data: A is the source domain, B the target
-    dataset, test_A, test_B = open_data(args, checkpoint)
+    to_device = functools.partial(torch.Tensor.to, device=device, memory_format=layout, non_blocking=True)
+    dataset, test_A, test_B = open_data(args, checkpoint)  # A is the source domain, B the target
 
     # Networks: the teacher is a whole CycleGAN. teacher_G, in the formulas G, translates A to B, teacher_F, F, back;
     # teacher_D, D_T, judges B, teacher_D_A, D_A, judges A. The student is student_G, G_S, alone
     torch.manual_seed(args.seed)
-    teacher_G = init_weights(build_generator(args.teacher_arch, args.teacher_ngf))
-    teacher_F = init_weights(build_generator(args.teacher_arch, args.teacher_ngf))
+    teacher_G = init_weights(ResnetGenerator(args.teacher_ngf, "mobile" in args.teacher_arch))
+    teacher_F = init_weights(ResnetGenerator(args.teacher_ngf, "mobile" in args.teacher_arch))
     teacher_D = init_weights(PatchDiscriminator(3, args.ndf))
     teacher_D_A = init_weights(PatchDiscriminator(3, args.ndf))
-    student_G = init_weights(build_generator(args.student_arch, args.student_ngf))
+    student_G = init_weights(ResnetGenerator(args.student_ngf, "mobile" in args.student_arch))
     networks = dict(teacher_G=teacher_G, teacher_F=teacher_F, teacher_D=teacher_D, teacher_D_A=teacher_D_A)
     networks["student_G"] = student_G
-    # Stored with their weights, and compared where they are loaded
-    teacher_G.facts = student_G.facts = dict(script=NAME, size=args.crop_size, direction=args.direction)
-    # Weights from files. They may rebuild a network, at their own width: so before the connectors and the optimisers
-    if checkpoint:
-        records = checkpoint["networks"]
-    else:
-        records = models.read_networks(args.teacher, ["teacher_G", "teacher_F", "teacher_D", "teacher_D_A"])
-        records |= models.read_networks(args.student, ["student_G"])
-    models.load_networks(networks, records)
-    if args.d_fakes == "none" and "teacher_D" not in records:
-        raise InputError("--d-fakes none: --teacher needs its trained D_T too")
+    # Files may have other widths, so before the connectors and the optimisers
+    models.load_given(args, checkpoint, networks, ["teacher_G", "teacher_F", "teacher_D", "teacher_D_A"])
 
     # Losses. The taps are the input of the first residual block and the outputs of the third, sixth and ninth, at a
     # quarter of the image's side
@@ -150,9 +129,8 @@ def train(args, checkpoint):
     for net in networks.values():
         net.to(device, memory_format=layout)
     models.broadcast_weights(networks.values())
-    inception = None
-    if args.eval_every and args.inception != "none":
-        inception = fid.load_inception(args.inception, device)
+    measures_fid = args.eval_every and args.inception != "none"
+    inception = fid.load_inception(args.inception, device) if measures_fid else None
 
     # Optimisers
     adam = functools.partial(torch.optim.Adam, lr=args.lr, betas=(0.5, 0.999), fused=True)
@@ -167,19 +145,16 @@ def train(args, checkpoint):
     decay_steps = args.epochs_decay * epoch_steps
     schedule_steps = args.epochs * epoch_steps + decay_steps
     last_step = min(schedule_steps, args.max_steps or schedule_steps)
-    first_step, best, scores = 0, math.inf, {}
-    meter, pace = Meter(), models.Pace(global_batch, last_step)
-    torch.manual_seed(args.seed + rank)  # each process has its own random numbers
-    pools = [ImagePool(args.pool_size) for _ in range(3)]
-    pool_B, pool_A, pool_S = pools
 
-    # Resume
+    # Resume, or begin; own is what each process has for itself
+    torch.manual_seed(args.seed + rank)
+    first_step, best, scores, own = 0, math.inf, {}, dict(losses={}, pools=[[], [], []])
     if checkpoint:
         own = models.restore(checkpoint, networks, optimizers)
         first_step, best, scores = checkpoint["step"], checkpoint["best"], checkpoint["scores"]
-        meter = Meter(own["losses"])
-        for pool, images in zip(pools, own["pools"], strict=True):
-            pool.images = [image.to(device) for image in images]
+    meter, pace = Meter(own["losses"]), models.Pace(global_batch, last_step)
+    pools = [ImagePool(args.pool_size, images) for images in own["pools"]]
+    pool_B, pool_A, pool_S = pools
     models.open_output(args, first_step)
     items = range(first_step * global_batch, last_step * global_batch)
     batches = iter(models.share_batches(dataset, args.batch_size, args.workers, items))
@@ -275,8 +250,8 @@ def train(args, checkpoint):
         last = step == last_step
         if step % args.log_every == 0 or last:
             epoch = step * global_batch / len(dataset)
-            entry = dict(step=step, epoch=epoch, images=step * global_batch)
-            models.log(args, entry | dict(lr=lr) | pace.read(step) | meter.means())
+            entry = dict(step=step, epoch=epoch, images=step * global_batch, lr=lr)
+            models.log(args, entry | pace.read(step) | meter.means())
             meter = Meter()
 
         # Samples
@@ -308,15 +283,22 @@ def train(args, checkpoint):
         models.write_summary(out, max(first_step, last_step), scores, calls)
 
 
-def build_generator(arch, ngf):
-    return ResnetGenerator(ngf=ngf, separable=arch.startswith("mobile_"))
+def check(args):
+    """Settles the load size; InputError for options that contradict each other."""
+    args.load_size = args.load_size or round(args.crop_size * 286 / 256)
+    if args.crop_size % 4 or args.load_size < args.crop_size:
+        raise InputError(f"--crop-size {args.crop_size}: expected a multiple of 4, up to --load-size {args.load_size}")
+    if args.freeze_teacher and not args.teacher:
+        raise InputError("--freeze-teacher needs a trained --teacher FILE")
+    if args.d_fakes == "none" and not args.freeze_teacher:
+        raise InputError("--d-fakes none needs --freeze-teacher: no teacher can learn against a frozen D_T")
 
 
 class ImagePool:
     """Up to size past fakes. Once full, each new fake is, half of the time, swapped for a stored one at random."""
 
-    def __init__(self, size):
-        self.size, self.images = size, []
+    def __init__(self, size, images):
+        self.size, self.images = size, images
 
     def state(self):
         return [image.cpu() for image in self.images]
@@ -331,7 +313,7 @@ class ImagePool:
                 slot = torch.randint(self.size, ()).item()
                 old = self.images[slot]
                 self.images[slot] = image.clone()
-                image = old
+                image = old.to(images.device)  # it may be from a checkpoint
             chosen.append(image)
         return torch.stack(chosen)
 
@@ -396,11 +378,6 @@ def to_tensor(image):
     return TF.to_dtype(TF.to_image(image), torch.float32, scale=True) * 2 - 1
 
 
-@functools.lru_cache(maxsize=4)
-def shuffled(length, seed, epoch, domain):
-    return np.random.default_rng([seed, epoch, domain]).permutation(length)
-
-
 class UnpairedImages(Dataset):
     """Item n of the training run: the n-th image of each domain, in an order shuffled for every pass through it.
 
@@ -419,7 +396,7 @@ class UnpairedImages(Dataset):
         pair = []
         for domain, files in enumerate(self.domains):
             epoch, k = divmod(n, len(files))
-            order = shuffled(len(files), self.seed, epoch, domain)
+            order = models.shuffled(len(files), self.seed, epoch, domain)
             image = load_square(files, order[k], self.load_size)
             top, left = rng.integers(self.load_size - self.crop_size + 1, size=2).tolist()
             image = TF.crop(image, top, left, self.crop_size, self.crop_size)

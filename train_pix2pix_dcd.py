@@ -81,19 +81,7 @@ def parse_args(argv):
     models.add_run_options(parser, unit="epochs", eval_every=10, auto="")
 
     args, checkpoint = models.parse_run(parser, argv, NAME, TOY, budgets=("epochs", "epochs_decay"))
-    args.load_size = args.load_size or round(args.crop_size * 286 / 256)
-    multiple = 256 if args.student_arch == "unet_256" else 4
-    if args.crop_size % multiple or args.load_size < args.crop_size:
-        expected = f"a multiple of {multiple}, up to --load-size {args.load_size}"
-        raise InputError(f"--crop-size {args.crop_size}: expected {expected}")
-    if ("unet" in args.teacher_arch) != ("unet" in args.student_arch):
-        raise InputError(
-            f"{args.teacher_arch}, {args.student_arch}: choose two ResNets or two U-Nets, taps differ in size"
-        )
-    if args.freeze_teacher and not args.teacher:
-        raise InputError("--freeze-teacher needs a trained --teacher FILE")
-    if args.d_fakes == "none" and not args.freeze_teacher:
-        raise InputError("--d-fakes none needs --freeze-teacher: no teacher can learn against a frozen D_T")
+    check(args)
     return args, checkpoint
 
 
@@ -103,18 +91,12 @@ def parse_args(argv):
 
 def train(args, checkpoint):
     device = fid.pick_device(args.device)
-    rank, world = models.start_processes(device, args.amp)
-    if args.toy:
-        torch.set_num_threads(1)  # its maps are so small that a second thread only adds overhead
+    rank, world = models.start_processes(device, args.amp, one_thread=args.toy)
     out = Path(args.out)
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=args.amp == "bf16")
     layout = models.fast_layout(device)
-
-    def to_device(images):
-        return images.to(device, memory_format=layout, non_blocking=True)
-
-    # Data: A is the input, B the target
-    dataset, test_set = open_data(args, checkpoint)
+    to_device = functools.partial(torch.Tensor.to, device=device, memory_format=layout, non_blocking=True)
+    dataset, test_set = open_data(args, checkpoint)  # A is the input, B the target
 
     # Networks: teacher_D, the paper's D_T, is conditional, it reads input and image as six channels
     torch.manual_seed(args.seed)
@@ -122,17 +104,8 @@ def train(args, checkpoint):
     teacher_D = init_weights(PatchDiscriminator(6, args.ndf))
     student_G = init_weights(build_generator(args.student_arch, args.student_ngf))
     networks = dict(teacher_G=teacher_G, teacher_D=teacher_D, student_G=student_G)
-    # Stored with their weights, and compared where they are loaded
-    teacher_G.facts = student_G.facts = dict(script=NAME, size=args.crop_size, direction=args.direction)
-    # Weights from files. They may rebuild a network, at their own width: so before the connectors and the optimisers
-    if checkpoint:
-        records = checkpoint["networks"]
-    else:
-        records = models.read_networks(args.teacher, ["teacher_G", "teacher_D"])
-        records |= models.read_networks(args.student, ["student_G"])
-    models.load_networks(networks, records)
-    if args.d_fakes == "none" and "teacher_D" not in records:
-        raise InputError("--d-fakes none: --teacher needs its trained D_T too")
+    # Files may have other widths, so before the connectors and the optimisers
+    models.load_given(args, checkpoint, networks, ["teacher_G", "teacher_D"])
 
     # Losses: for the taps see the generators' forward
     if args.distill == "dcd":
@@ -151,9 +124,8 @@ def train(args, checkpoint):
     for net in networks.values():
         net.to(device, memory_format=layout)
     models.broadcast_weights(networks.values())
-    inception = None
-    if args.eval_every and args.inception != "none":
-        inception = fid.load_inception(args.inception, device)
+    measures_fid = args.eval_every and args.inception != "none"
+    inception = fid.load_inception(args.inception, device) if measures_fid else None
 
     # Optimisers
     adam = functools.partial(torch.optim.Adam, lr=args.lr, betas=(0.5, 0.999), fused=True)
@@ -168,15 +140,14 @@ def train(args, checkpoint):
     decay_steps = args.epochs_decay * epoch_steps
     schedule_steps = args.epochs * epoch_steps + decay_steps
     last_step = min(schedule_steps, args.max_steps or schedule_steps)
-    first_step, best, scores = 0, math.inf, {}
-    meter, pace = Meter(), models.Pace(global_batch, last_step)
-    torch.manual_seed(args.seed + rank)  # each process has its own random numbers
 
-    # Resume
+    # Resume, or begin; own is what each process has for itself
+    torch.manual_seed(args.seed + rank)
+    first_step, best, scores, own = 0, math.inf, {}, dict(losses={})
     if checkpoint:
         own = models.restore(checkpoint, networks, optimizers)
         first_step, best, scores = checkpoint["step"], checkpoint["best"], checkpoint["scores"]
-        meter = Meter(own["losses"])
+    meter, pace = Meter(own["losses"]), models.Pace(global_batch, last_step)
     models.open_output(args, first_step)
     items = range(first_step * global_batch, last_step * global_batch)
     batches = iter(models.share_batches(dataset, args.batch_size, args.workers, items))
@@ -255,8 +226,8 @@ def train(args, checkpoint):
         last = step == last_step
         if step % args.log_every == 0 or last:
             epoch = step * global_batch / len(dataset)
-            entry = dict(step=step, epoch=epoch, images=step * global_batch)
-            models.log(args, entry | dict(lr=lr) | pace.read(step) | meter.means())
+            entry = dict(step=step, epoch=epoch, images=step * global_batch, lr=lr)
+            models.log(args, entry | pace.read(step) | meter.means())
             meter = Meter()
 
         # Samples
@@ -290,6 +261,23 @@ def train(args, checkpoint):
 
 def build_generator(arch, ngf):
     return UnetGenerator(ngf=ngf) if arch == "unet_256" else ResnetGenerator(ngf=ngf, separable="mobile" in arch)
+
+
+def check(args):
+    """Settles the load size; InputError for options that contradict each other."""
+    args.load_size = args.load_size or round(args.crop_size * 286 / 256)
+    multiple = 256 if args.student_arch == "unet_256" else 4
+    if args.crop_size % multiple or args.load_size < args.crop_size:
+        expected = f"a multiple of {multiple}, up to --load-size {args.load_size}"
+        raise InputError(f"--crop-size {args.crop_size}: expected {expected}")
+    if ("unet" in args.teacher_arch) != ("unet" in args.student_arch):
+        raise InputError(
+            f"{args.teacher_arch}, {args.student_arch}: choose two ResNets or two U-Nets, taps differ in size"
+        )
+    if args.freeze_teacher and not args.teacher:
+        raise InputError("--freeze-teacher needs a trained --teacher FILE")
+    if args.d_fakes == "none" and not args.freeze_teacher:
+        raise InputError("--d-fakes none needs --freeze-teacher: no teacher can learn against a frozen D_T")
 
 
 @torch.no_grad()
@@ -379,11 +367,6 @@ def to_tensor(image):
     return TF.to_dtype(TF.to_image(image), torch.float32, scale=True) * 2 - 1
 
 
-@functools.lru_cache(maxsize=4)
-def shuffled(length, seed, epoch):
-    return np.random.default_rng([seed, epoch]).permutation(length)
-
-
 class PairedImages(Dataset):
     """Item n of the training run: input and target with the same crop and flip, reshuffled for every epoch.
 
@@ -402,7 +385,7 @@ class PairedImages(Dataset):
         rng = np.random.default_rng([self.seed, n])
         top, left = rng.integers(self.load_size - self.crop_size + 1, size=2).tolist()
         flip = rng.random() < 0.5
-        order = shuffled(len(self), self.seed, epoch)
+        order = models.shuffled(len(self), self.seed, epoch)
         pair = load_pair(self.files, order[k], self.direction, self.load_size)
         pair = [TF.crop(image, top, left, self.crop_size, self.crop_size) for image in pair]
         return [to_tensor(TF.horizontal_flip(image) if flip else image) for image in pair]

@@ -86,9 +86,7 @@ def parse_args(argv):
 
 def train(args, checkpoint):
     device = fid.pick_device(args.device)
-    rank, world = models.start_processes(device, args.amp)
-    if args.toy:
-        torch.set_num_threads(1)  # its maps are so small that a second thread only adds overhead
+    rank, world = models.start_processes(device, args.amp, one_thread=args.toy)
     out = Path(args.out)
     bf16 = args.amp == "bf16" or (args.amp == "auto" and models.has_bf16(device))
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
@@ -115,15 +113,13 @@ def train(args, checkpoint):
     for net in networks.values():
         net.to(device).requires_grad_(False)
     models.broadcast_weights(networks.values())
-    inception = None
-    if args.eval_every and args.inception != "none":
-        inception = fid.load_inception(args.inception, device)
+    measures_fid = args.eval_every and args.inception != "none"
+    inception = fid.load_inception(args.inception, device) if measures_fid else None
 
     # Steps count through all stages
     step_images = args.batch_size * args.accumulate * world
     stage_steps = [math.ceil(getattr(args, budget) * 1000 / step_images) for budget in BUDGETS]
     stage_ends = list(itertools.accumulate(stage_steps))
-    stage_starts = [0, *stage_ends[:-1]]
     last_step = min(stage_ends[-1], args.max_steps or stage_ends[-1])
     eval_steps = math.ceil(args.eval_every * 1000 / step_images)
     ema_decay = 0.5 ** (step_images / max(1000 * args.ema_kimg, 1e-8))
@@ -154,7 +150,7 @@ def train(args, checkpoint):
 
     models.defer_signals()
     pace.restart(first_step)
-    for stage, (stage_start, stage_end) in enumerate(zip(stage_starts, stage_ends, strict=True)):
+    for stage, (stage_start, stage_end) in enumerate(itertools.pairwise([0, *stage_ends])):
         steps = range(max(first_step, stage_start) + 1, min(stage_end, last_step) + 1)
         if not steps:  # the stage is over, or --max-steps ends before it
             continue
@@ -301,8 +297,12 @@ def draw_images(G, n, style_mixing):
 
 def evaluate(generators, images, inception, to_device, args):
     """{"fid_NAME": ..}: Fréchet distances of each generator's images to the real ones' statistics."""
+
+    def reals():
+        yield from map(to_device, models.share_batches(images, 32, args.workers))
+
     kept = Path(args.out, images.path.stem)
-    real = kept_stats(kept, map(to_device, models.share_batches(images, 32, args.workers)), inception)
+    real = kept_stats(kept, reals(), inception)
     scores = {}
     for name, G in generators.items():
         fake = generated_stats(draw(G, args), inception)
@@ -348,11 +348,6 @@ def open_data(args, checkpoint):
     return files
 
 
-@functools.lru_cache(maxsize=4)
-def shuffled(length, seed, epoch):
-    return np.random.default_rng([seed, epoch]).permutation(length)
-
-
 class TrainingImages(Dataset):
     """Item n of the training run: images in an order shuffled for every pass through them, flipped at random.
 
@@ -367,7 +362,7 @@ class TrainingImages(Dataset):
 
     def __getitem__(self, n):
         epoch, k = divmod(n, len(self))
-        order = shuffled(len(self), self.seed, epoch)
+        order = models.shuffled(len(self), self.seed, epoch)
         image = self.images[int(order[k])]
         if self.mirror and np.random.default_rng([self.seed, n]).random() < 0.5:
             image = image.flip(2)
