@@ -54,6 +54,13 @@ def arguments(scope):
     return {name: value for name, value in scope.items() if name not in ("self", "__class__")}
 
 
+def set_attributes(net, classes, **attributes):
+    """Gives every layer of these classes the same attributes."""
+    for module in net.modules():
+        if isinstance(module, classes):
+            vars(module).update(attributes)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Image-to-image generators and the PatchGAN discriminator (CycleGAN, Pix2Pix, DCD)
 
@@ -294,10 +301,11 @@ class EqualConv2d(nn.Module):
 class BiasLeakyReLU(nn.Module):
     """Adds a bias per channel, leaky ReLU, the gain sqrt(2) that keeps the variance; then within -clamp..clamp."""
 
-    def __init__(self, channels, clamp=None):
+    clamp = None
+
+    def __init__(self, channels):
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(channels))
-        self.clamp = clamp
 
     def forward(self, x):
         bias = self.bias.to(x.dtype)[:, None, None]
@@ -361,11 +369,11 @@ class ModulatedConv2d(nn.Module):
 class StyledConv(nn.Module):
     """Modulated convolution, noise of a learned strength that all channels share, bias and leaky ReLU."""
 
-    def __init__(self, in_channels, out_channels, style_dim, upsample=False, clamp=None):
+    def __init__(self, in_channels, out_channels, style_dim, upsample=False):
         super().__init__()
         self.conv = ModulatedConv2d(in_channels, out_channels, 3, style_dim, upsample=upsample)
         self.noise = nn.ParameterDict(dict(weight=torch.zeros(1)))
-        self.activate = BiasLeakyReLU(out_channels, clamp)
+        self.activate = BiasLeakyReLU(out_channels)
 
     def forward(self, x, style, noise):
         x = self.conv(x, style)
@@ -376,10 +384,11 @@ class StyledConv(nn.Module):
 class ToRGB(nn.Module):
     """1x1 convolution to RGB, added in float32 to the upsampled RGB of the resolution below (skip generator)."""
 
-    def __init__(self, in_channels, style_dim, upsample=True, clamp=None):
+    clamp = None
+
+    def __init__(self, in_channels, style_dim, upsample=True):
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(1, 3, 1, 1))
-        self.clamp = clamp
         self.conv = ModulatedConv2d(in_channels, 3, 1, style_dim, demodulate=False)
         if upsample:
             self.upsample = Blur(padding=1, stride=2, gain=4.0, upsample=True)
@@ -424,18 +433,19 @@ class StyleGAN2Generator(nn.Module):
         mapping = [EqualLinear(style_dim, style_dim, lr_multiplier=0.01, activate=True) for _ in range(n_mlp)]
         self.style = nn.Sequential(PixelNorm(), *mapping)
         self.input = nn.ParameterDict(dict(input=torch.randn(1, channels[4], 4, 4)))
-        self.conv1 = StyledConv(channels[4], channels[4], style_dim, clamp=conv_clamp)
-        self.to_rgb1 = ToRGB(channels[4], style_dim, upsample=False, clamp=conv_clamp)
+        self.conv1 = StyledConv(channels[4], channels[4], style_dim)
+        self.to_rgb1 = ToRGB(channels[4], style_dim, upsample=False)
         self.convs, self.to_rgbs, self.noises = nn.ModuleList(), nn.ModuleList(), nn.Module()
         self.noises.register_buffer("noise_0", torch.randn(1, 1, 4, 4))
         for i, resolution in enumerate(list(channels)[1:]):
             wide = channels[resolution]
-            self.convs += [StyledConv(channels[resolution // 2], wide, style_dim, upsample=True, clamp=conv_clamp)]
-            self.convs += [StyledConv(wide, wide, style_dim, clamp=conv_clamp)]
-            self.to_rgbs += [ToRGB(wide, style_dim, clamp=conv_clamp)]
+            self.convs += [StyledConv(channels[resolution // 2], wide, style_dim, upsample=True)]
+            self.convs += [StyledConv(wide, wide, style_dim)]
+            self.to_rgbs += [ToRGB(wide, style_dim)]
             for n in (2 * i + 1, 2 * i + 2):
                 self.noises.register_buffer(f"noise_{n}", torch.randn(1, 1, resolution, resolution))
         self.n_latent = len(self.convs) + 2
+        set_attributes(self, (BiasLeakyReLU, ToRGB), clamp=conv_clamp)
 
     def mean_latent(self, n_samples=4096):
         """Mean of w, (1, style_dim), the centre of truncation: the file's own, or over n_samples random z."""
@@ -497,7 +507,7 @@ class StyleGAN2Generator(nn.Module):
         return self.synthesis(latents, fixed_noise)
 
 
-def conv_layer(in_channels, out_channels, kernel_size, downsample=False, activate=True, clamp=None):
+def conv_layer(in_channels, out_channels, kernel_size, downsample=False, activate=True):
     """Convolution of the discriminator; downsample filters first (1 3 3 1), then takes every second pixel."""
     layers = []
     if downsample and kernel_size == 1:  # the pixels that a strided 1x1 convolution would skip are not filtered at all
@@ -507,15 +517,15 @@ def conv_layer(in_channels, out_channels, kernel_size, downsample=False, activat
     else:
         layers += [EqualConv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2)]
     if activate:
-        layers += [BiasLeakyReLU(out_channels, clamp)]
+        layers += [BiasLeakyReLU(out_channels)]
     return nn.Sequential(*layers)
 
 
 class ResidualDownBlock(nn.Module):
-    def __init__(self, in_channels, out_channels, clamp=None):
+    def __init__(self, in_channels, out_channels):
         super().__init__()
-        self.conv1 = conv_layer(in_channels, in_channels, 3, clamp=clamp)
-        self.conv2 = conv_layer(in_channels, out_channels, 3, downsample=True, clamp=clamp)
+        self.conv1 = conv_layer(in_channels, in_channels, 3)
+        self.conv2 = conv_layer(in_channels, out_channels, 3, downsample=True)
         self.skip = conv_layer(in_channels, out_channels, 1, downsample=True, activate=False)
 
     def forward(self, x):
@@ -538,12 +548,13 @@ class StyleGAN2Discriminator(nn.Module):
         self.mbstd_group = mbstd_group
         channels = stylegan2_channels(size, channel_multiplier, width)
         falling = sorted(channels, reverse=True)
-        down = [ResidualDownBlock(channels[r], channels[r // 2], conv_clamp) for r in falling[:-1]]
-        self.convs = nn.Sequential(conv_layer(3, channels[size], 1, clamp=conv_clamp), *down)
-        self.final_conv = conv_layer(channels[4] + 1, channels[4], 3, clamp=conv_clamp)
+        down = [ResidualDownBlock(channels[r], channels[r // 2]) for r in falling[:-1]]
+        self.convs = nn.Sequential(conv_layer(3, channels[size], 1), *down)
+        self.final_conv = conv_layer(channels[4] + 1, channels[4], 3)
         self.final_linear = nn.Sequential(
             EqualLinear(channels[4] * 16, channels[4], activate=True), EqualLinear(channels[4], 1)
         )
+        set_attributes(self, BiasLeakyReLU, clamp=conv_clamp)
 
     def forward(self, images):
         """(N, 3, size, size) -> logits (N, 1), float32.
@@ -760,7 +771,7 @@ class BigGANGenerator(nn.Module):
         self.output_layer = nn.Sequential(
             OutputBatchNorm(widths[-1]), nn.ReLU(inplace=True), SpectralLayer(3, widths[-1], 3, 3)
         )
-        set_sn_eps(self, sn_eps)
+        set_attributes(self, SpectralLayer, eps=sn_eps)
 
     def forward(self, z, y):
         """Latents z (N, dim_z) from N(0, 1) and classes y -> images (N, 3, size, size) in [-1, 1], in z's type.
@@ -796,7 +807,7 @@ class BigGANDiscriminator(nn.Module):
             self.blocks.append(nn.Sequential(*layers))
         self.linear = SpectralLayer(1, widths[-1])
         self.embed = SpectralLayer(n_classes, widths[-1], bias=False)  # one row a class
-        set_sn_eps(self, sn_eps)
+        set_attributes(self, SpectralLayer, eps=sn_eps)
 
     def forward(self, images, labels):
         """(N, 3, size, size) in [-1, 1] and their classes (N,) -> logits (N, 1), in the type of the weights."""
@@ -805,12 +816,6 @@ class BigGANDiscriminator(nn.Module):
             h = F.relu(x).sum((2, 3), dtype=self.linear.weight.dtype)
             projection = F.embedding(labels, self.embed.normalised_weight()) * h
             return self.linear(h) + projection.sum(1, keepdim=True)
-
-
-def set_sn_eps(net, eps):
-    for module in net.modules():
-        if isinstance(module, SpectralLayer):
-            module.eps = eps
 
 
 def init_biggan(net, orthogonal=True):
@@ -1538,8 +1543,9 @@ def log(args, entry):
 class Pace:
     """For the log: images per second, all processes together, and hours left at that pace."""
 
-    def __init__(self, step_images, last_step):
+    def __init__(self, step_images, first_step, last_step):
         self.step_images, self.last_step = step_images, last_step
+        self.restart(first_step)
 
     def restart(self, step):
         """From here on: what came before was no step."""

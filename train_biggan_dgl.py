@@ -135,7 +135,7 @@ def train(args, checkpoint):
     last_step = min(stage_ends[-1], args.max_steps or stage_ends[-1])
     eval_steps = math.ceil(args.eval_every * 1000 / step_images)
     optimizers, first_step, best, scores = {}, 0, math.inf, {}
-    meter, pace = Meter(), models.Pace(step_images, last_step)
+    meter = Meter()
 
     # Resume
     torch.manual_seed(args.seed + rank)
@@ -161,7 +161,7 @@ def train(args, checkpoint):
             models.save(out / "student.pt", models.pack(student["g_ema"]))
 
     models.defer_signals()
-    pace.restart(first_step)
+    pace = models.Pace(step_images, first_step, last_step)
     for stage, (stage_start, stage_end) in enumerate(itertools.pairwise([0, *stage_ends])):
         steps = range(max(first_step, stage_start) + 1, min(stage_end, last_step) + 1)
         if not steps:  # the stage is over, or --max-steps ends before it
@@ -172,7 +172,8 @@ def train(args, checkpoint):
         teacher_D.train(stage == 0)  # then it is frozen: in train mode its spectral vectors would move
         G, D, G_ema = pair["g"], pair["d"], pair["g_ema"]
         adam = functools.partial(torch.optim.Adam, betas=(0.0, 0.999), eps=args.adam_eps, fused=True)
-        optimizer_G, optimizer_D = adam(G.parameters(), lr=args.lr), adam(D.parameters(), lr=args.d_lr)
+        optimizer_G = adam(G.parameters(), lr=args.lr)
+        optimizer_D = adam(D.parameters(), lr=args.d_lr)
         optimizers = dict(G=optimizer_G, D=optimizer_D)
         if checkpoint and stage == checkpoint["stage"]:
             for name, optimizer in optimizers.items():
@@ -199,7 +200,7 @@ def train(args, checkpoint):
                         fake_logits, real_logits = logits.split(args.batch_size)
                     loss_D = discriminator_loss(real_logits, fake_logits, "hinge")
                     (loss_D / args.accumulate).backward()
-                    meter.add(D=loss_D, D_real=real_logits.mean().float(), D_fake=fake_logits.mean().float())
+                    meter.add(D=loss_D, D_real=real_logits.float().mean(), D_fake=fake_logits.float().mean())
                 finish_step(optimizer_D)
 
             # Generator: -E[ D(G(z, y), y) ], in stage 2 - lambda_dgl E[ D_T(G(z, y), y) ], D_T being frozen
@@ -358,8 +359,11 @@ def open_data(args, checkpoint):
 def find_classes(files):
     """The names of the class folders in sorted order, and the class of each image: its first folder's number."""
     parts = [name.split("/") for name in files.names]
-    while files.zipped and len({part[0] for part in parts}) == 1 and min(map(len, parts)) > 2:
-        parts = [part[1:] for part in parts]  # a folder around all of the .zip
+    while files.zipped:  # folders around all of it do not count
+        tops = {part[0] for part in parts}
+        if len(tops) > 1 or min(map(len, parts)) < 3:
+            break
+        parts = [part[1:] for part in parts]
     if min(map(len, parts)) < 2:
         name = files.names[[len(part) for part in parts].index(1)]
         raise InputError(f"{files.source}: {name} lies in no class folder, expected one folder for each class")

@@ -101,11 +101,11 @@ def train(args, checkpoint):
     # Networks: the teacher is a whole CycleGAN. teacher_G, in the formulas G, translates A to B, teacher_F, F, back;
     # teacher_D, D_T, judges B, teacher_D_A, D_A, judges A. The student is student_G, G_S, alone
     torch.manual_seed(args.seed)
-    teacher_G = init_weights(ResnetGenerator(args.teacher_ngf, "mobile" in args.teacher_arch))
-    teacher_F = init_weights(ResnetGenerator(args.teacher_ngf, "mobile" in args.teacher_arch))
+    teacher_G = init_weights(ResnetGenerator(args.teacher_ngf, separable="mobile" in args.teacher_arch))
+    teacher_F = init_weights(ResnetGenerator(args.teacher_ngf, separable="mobile" in args.teacher_arch))
     teacher_D = init_weights(PatchDiscriminator(3, args.ndf))
     teacher_D_A = init_weights(PatchDiscriminator(3, args.ndf))
-    student_G = init_weights(ResnetGenerator(args.student_ngf, "mobile" in args.student_arch))
+    student_G = init_weights(ResnetGenerator(args.student_ngf, separable="mobile" in args.student_arch))
     networks = dict(teacher_G=teacher_G, teacher_F=teacher_F, teacher_D=teacher_D, teacher_D_A=teacher_D_A)
     networks["student_G"] = student_G
     # Files may have other widths, so before the connectors and the optimisers
@@ -148,11 +148,12 @@ def train(args, checkpoint):
 
     # Resume, or begin; own is what each process has for itself
     torch.manual_seed(args.seed + rank)
-    first_step, best, scores, own = 0, math.inf, {}, dict(losses={}, pools=[[], [], []])
+    first_step, best, scores = 0, math.inf, {}
+    own = dict(losses={}, pools=[[], [], []])
     if checkpoint:
         own = models.restore(checkpoint, networks, optimizers)
         first_step, best, scores = checkpoint["step"], checkpoint["best"], checkpoint["scores"]
-    meter, pace = Meter(own["losses"]), models.Pace(global_batch, last_step)
+    meter = Meter(own["losses"])
     pools = [ImagePool(args.pool_size, images) for images in own["pools"]]
     pool_B, pool_A, pool_S = pools
     models.open_output(args, first_step)
@@ -167,7 +168,7 @@ def train(args, checkpoint):
         models.save(out / "student.pt", models.pack(shipped))
 
     models.defer_signals()
-    pace.restart(first_step)
+    pace = models.Pace(global_batch, first_step, last_step)
     for step in range(first_step + 1, last_step + 1):
         real_A, real_B = map(to_device, next(batches))
         n = len(real_A)  # images of each domain
@@ -198,7 +199,8 @@ def train(args, checkpoint):
                 loss_gan = generator_loss(teacher_D(fake_B), "lsgan") + generator_loss(teacher_D_A(fake_A), "lsgan")
             loss_cycle = l1_loss(rec_A, real_A) + l1_loss(rec_B, real_B)
             loss_identity = l1_loss(idt_A, real_A) + l1_loss(idt_B, real_B)
-            take_step(optimizer_G, loss_gan + args.lambda_cycle * (loss_cycle + args.lambda_identity * loss_identity))
+            loss_T = loss_gan + args.lambda_cycle * (loss_cycle + args.lambda_identity * loss_identity)
+            take_step(optimizer_G, loss_T)
             meter.add(G_T_gan=loss_gan, G_T_cycle=loss_cycle, G_T_identity=loss_identity)
             # The student learns from this same pass, of G as it was before the update
             fake_A, fake_B = fake_A.detach(), fake_B.detach()
@@ -398,9 +400,12 @@ class UnpairedImages(Dataset):
             epoch, k = divmod(n, len(files))
             order = models.shuffled(len(files), self.seed, epoch, domain)
             image = load_square(files, order[k], self.load_size)
-            top, left = rng.integers(self.load_size - self.crop_size + 1, size=2).tolist()
+            margin = self.load_size - self.crop_size
+            top, left = rng.integers(margin + 1, size=2).tolist()
             image = TF.crop(image, top, left, self.crop_size, self.crop_size)
-            pair.append(to_tensor(TF.horizontal_flip(image) if rng.random() < 0.5 else image))
+            if rng.random() < 0.5:
+                image = TF.horizontal_flip(image)
+            pair.append(to_tensor(image))
         return pair
 
 

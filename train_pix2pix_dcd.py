@@ -143,11 +143,12 @@ def train(args, checkpoint):
 
     # Resume, or begin; own is what each process has for itself
     torch.manual_seed(args.seed + rank)
-    first_step, best, scores, own = 0, math.inf, {}, dict(losses={})
+    first_step, best, scores = 0, math.inf, {}
+    own = dict(losses={})
     if checkpoint:
         own = models.restore(checkpoint, networks, optimizers)
         first_step, best, scores = checkpoint["step"], checkpoint["best"], checkpoint["scores"]
-    meter, pace = Meter(own["losses"]), models.Pace(global_batch, last_step)
+    meter = Meter(own["losses"])
     models.open_output(args, first_step)
     items = range(first_step * global_batch, last_step * global_batch)
     batches = iter(models.share_batches(dataset, args.batch_size, args.workers, items))
@@ -160,7 +161,7 @@ def train(args, checkpoint):
         models.save(out / "student.pt", models.pack(shipped))
 
     models.defer_signals()
-    pace.restart(first_step)
+    pace = models.Pace(global_batch, first_step, last_step)
     for step in range(first_step + 1, last_step + 1):
         real_A, real_B = map(to_device, next(batches))
 
@@ -201,7 +202,8 @@ def train(args, checkpoint):
             with autocast():
                 loss_gan = generator_loss(teacher_D(torch.cat([real_A, fake_B], 1)), "hinge")
             loss_l1 = l1_loss(fake_B, real_B)
-            take_step(optimizer_G, loss_gan + args.lambda_l1 * loss_l1)
+            loss_T = loss_gan + args.lambda_l1 * loss_l1
+            take_step(optimizer_G, loss_T)
             meter.add(G_T_gan=loss_gan, G_T_l1=loss_l1)
 
         # Student, with taps f_i, connectors c_i, and phi, which is D_T without its last layer:
@@ -260,7 +262,9 @@ def train(args, checkpoint):
 
 
 def build_generator(arch, ngf):
-    return UnetGenerator(ngf=ngf) if arch == "unet_256" else ResnetGenerator(ngf=ngf, separable="mobile" in arch)
+    if arch == "unet_256":
+        return UnetGenerator(ngf)
+    return ResnetGenerator(ngf, separable="mobile" in arch)
 
 
 def check(args):
@@ -294,7 +298,9 @@ def evaluate(teacher_G, student_G, test_set, inception, workers, to_device):
     for real_A, real_B in pairs():
         fake_B, fake_S = teacher_G(real_A), student_G(real_A)
         for y, t, s in zip(real_B, fake_B, fake_S, strict=True):
-            rows.append([mae(t, y), psnr(t, y), mae(s, y), psnr(s, y), mae(s, t)])
+            of_teacher = [mae(t, y), psnr(t, y)]
+            of_student = [mae(s, y), psnr(s, y)]
+            rows.append([*of_teacher, *of_student, mae(s, t)])
     means = np.mean(sum(gather(rows), []), axis=0)
     names = ("mae_teacher", "psnr_teacher", "mae_student", "psnr_student", "student_to_teacher")
     scores = dict(zip(names, means.tolist(), strict=True))
@@ -383,7 +389,8 @@ class PairedImages(Dataset):
     def __getitem__(self, n):
         epoch, k = divmod(n, len(self))
         rng = np.random.default_rng([self.seed, n])
-        top, left = rng.integers(self.load_size - self.crop_size + 1, size=2).tolist()
+        margin = self.load_size - self.crop_size
+        top, left = rng.integers(margin + 1, size=2).tolist()
         flip = rng.random() < 0.5
         order = models.shuffled(len(self), self.seed, epoch)
         pair = load_pair(self.files, order[k], self.direction, self.load_size)

@@ -124,7 +124,7 @@ def train(args, checkpoint):
     eval_steps = math.ceil(args.eval_every * 1000 / step_images)
     ema_decay = 0.5 ** (step_images / max(1000 * args.ema_kimg, 1e-8))
     optimizers, first_step, best, scores = {}, 0, math.inf, {}
-    meter, pace = Meter(), models.Pace(step_images, last_step)
+    meter = Meter()
 
     # Resume
     torch.manual_seed(args.seed + rank)
@@ -149,7 +149,7 @@ def train(args, checkpoint):
             models.save(out / "student.pt", models.pack(student["g_ema"]))
 
     models.defer_signals()
-    pace.restart(first_step)
+    pace = models.Pace(step_images, first_step, last_step)
     for stage, (stage_start, stage_end) in enumerate(itertools.pairwise([0, *stage_ends])):
         steps = range(max(first_step, stage_start) + 1, min(stage_end, last_step) + 1)
         if not steps:  # the stage is over, or --max-steps ends before it
