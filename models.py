@@ -942,7 +942,8 @@ def read_networks(paths, names):
     """
     if not paths:
         return {}
-    if is_nvidia_pickle(paths[0]):
+    by_name = is_nvidia_pickle(paths[0])
+    if by_name:
         content = load_nvidia(paths[0])
         for note in content.pop("notes"):
             say(f"{paths[0]}: {note}")
@@ -950,10 +951,12 @@ def read_networks(paths, names):
     else:
         files = [load_file(path) for path in paths]
         content = files[0].get("networks", files[0])
-        if "networks" not in files[0] and content.keys().isdisjoint(names):  # a file for each
-            content = dict(zip(names, files, strict=False))
+        by_name = "networks" in files[0] or not content.keys().isdisjoint(names)
+    if not by_name:
+        content = dict(zip(names, files, strict=False))
     records = {name: content[name] for name in names if name in content}
-    if len(records) < len(paths):
+    most = 1 if by_name else len(names)
+    if not records or len(paths) > most:
         found = " ".join(map(str, paths))
         raise InputError(f"{found}: expected {', '.join(names)}, a file each, or one that has them by these names")
     return records
@@ -1026,7 +1029,7 @@ def load_generator(path, device="cpu"):
     return net.to(device).eval()
 
 
-# NVIDIA's StyleGAN2 pickles. Weights and options are called as in stylegan2-ada-pytorch: "synthesis.b64.conv0.bias".
+# NVIDIA's StyleGAN2 pickles. Weights are called as in stylegan2-ada-pytorch: "synthesis.b64.conv0.bias".
 
 
 def noise_layer(match):
@@ -1230,7 +1233,7 @@ def rename(name, replacements):
 
 
 def flatten_tensorflow(network):
-    """A network of TensorFlow -> its weights and options by the names that they have in flatten_module."""
+    """A network of TensorFlow -> its weights by the names that they have in flatten_module, options by their own."""
     parts = {"": network} | {f"{name}.": part for name, part in network.state["components"].items()}
     arguments, flat = {}, {}
     for prefix, part in parts.items():
@@ -1283,7 +1286,10 @@ def build_nvidia(role, flat):
     if not multipliers:
         raise InputError(f"channels of the blocks are {channels}: not StyleGAN2's of configuration e or f at any width")
     layer = "synthesis.b4.conv1" if generator else "b4.conv"
-    clamp = flat.get(f"{layer}.conv_clamp", flat.get("conv_clamp"))  # one limit for all layers
+    clamp = flat.get(f"{layer}.conv_clamp", flat.get("conv_clamp"))
+    for name, value in flat.items():
+        if name.endswith("conv_clamp") and ".skip." not in name and value != clamp:
+            raise InputError(f"layers with different limits: {name} is {value}, expected {clamp}")
     common = dict(channel_multiplier=multipliers[0], width=width, conv_clamp=clamp)
     if generator:
         style_dim = weights["synthesis.b4.conv1.affine.weight"].shape[1]
@@ -1350,9 +1356,8 @@ def start_processes(device, amp, one_thread=False):
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = amp != "off"
         torch.set_float32_matmul_precision("highest" if amp == "off" else "high")
-    elif sys.platform == "linux":
+    elif sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         # glibc would give every tensor over 32 MB back to the system, and clearing its pages anew can cost half a step.
-        libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX: blocks mapped one by one
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: bytes kept at the end of the heap
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:

@@ -44,7 +44,7 @@ def parse_args(argv):
     parser = models.run_parser(__doc__)
     option, number = models.add_section(parser, "data")
     option("--data", metavar="IMAGES", help="a folder, searched recursively, or .zip; with --resume if it moved")
-    option("--size", type=int, choices=SIZES, help="side of the images, pixels; if not given the teacher's, or 256")
+    option("--size", type=int, choices=SIZES, help="of the images, pixels; if not given the teacher's, or 256")
     option("--mirror", action=argparse.BooleanOptionalAction, default=False, help="flip half of the images, at random")
     option("--cache", metavar="FOLDER", help="for the resized images, 3 SIZE^2 bytes each; if not given OUT")
     option("--toy", action="store_true", help="small networks; without --data synthetic pictures, round faces")
