@@ -49,9 +49,7 @@ def parse_args(argv):
     parser = models.run_parser(__doc__)
     option, number = models.add_section(parser, "data")
     option("--data", metavar="IMAGES", help="a folder a class, in a folder or .zip; with --resume if it has moved")
-    option(
-        "--size", type=int, choices=(32, 64, 128, 256), help="of the images, pixels; if not given the teacher's, or 128"
-    )
+    option("--size", type=int, choices=(32, 64, 128, 256), help="pixels of a side; by default the teacher's, or 128")
     option("--mirror", action=argparse.BooleanOptionalAction, default=False, help="flip half of the images, at random")
     option("--cache", metavar="FOLDER", help="for the resized images, 3 SIZE^2 bytes each; if not given OUT")
     option("--toy", action="store_true", help="small networks; without --data synthetic pictures, four shapes")

@@ -74,7 +74,7 @@ def parse_args(argv):
     option("--freeze-teacher", action="store_true", help="leave the teacher's generators as they are; D_T still learns")
     option, number = models.add_section(parser, "optimisation")
     number("--epochs", 400, "the student's passes through the data at full learning rate")
-    number("--epochs-decay", 400, "its further passes, the learning rate decaying to 0", minimum=0)
+    number("--epochs-decay", 400, "further passes, the learning rate decaying to 0", minimum=0)
     number("--batch-size", 1, "images per process and step")
     number("--lr", 2e-4, "learning rate of Adam")
     number("--ema", 0.0, "half-life of the student's moving average, images; 0: none")
