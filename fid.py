@@ -620,7 +620,7 @@ def parse_args(argv):
     workers = min(8, os.cpu_count() or 1)
     option("--workers", type=int, default=workers, help="processes that decode images (%(default)s)")
     option("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1 ...")
-    option("--weights", default="auto", help="auto (torch hub's cache, else download), or a path")
+    option("--weights", "--inception", default="auto", help="auto (torch hub's cache, else download), or a path")
     option("--json", action="store_true", help="print one line of JSON")
     args = parser.parse_args(argv)
     if args.B is None and args.save is None and not args.score:

@@ -180,7 +180,7 @@ class PerceptualLoss(nn.Module):
         trained = load_file(path)
         self.features = make_layers(cfgs["D"])[: self.relu4_3 + 1]
         names = [name for name in self.features.state_dict() if f"features.{name}" in trained]
-        load_weights(self.features, {name: trained[f"features.{name}"] for name in names}, path)
+        load_weights(self.features, {name: trained[f"features.{name}"] for name in names}, f"{path}, read as VGG16")
         self.requires_grad_(False)
 
     def forward(self, images, targets):

@@ -863,8 +863,8 @@ def load_file(path):
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises nearly anything on a file of another kind
-        reason = f"damaged, or more than plain tensors, of which nothing is run ({type(error).__name__})"
-        raise InputError(f"{path}: not a checkpoint: {reason}; copy it again") from error
+        problem = f"not a checkpoint of plain tensors, or damaged ({type(error).__name__})"
+        raise InputError(f"{path}: {problem}; nothing in it was run") from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise InputError(f"{path}: expected a checkpoint, names to tensors, found {type(content).__name__}")
     return content
@@ -910,7 +910,9 @@ def load_weights(net, record, source):
     """
     name, config = type(net).__name__, record.get("config")
     if record.get("network", name) != name:
-        raise InputError(f"{source}: holds a {record['network']}, expected a {name}: choose its architecture")
+        raise InputError(
+            f"{source}: holds a {record['network']}, expected a {name}: give another file, or its architecture"
+        )
     theirs, ours = record.get("facts", {}), getattr(net, "facts", {})
     for fact in ("script", "direction"):
         if fact in theirs and fact in ours and theirs[fact] != ours[fact]:
@@ -997,9 +999,11 @@ def read_given(args):
     network that is needed: of a teacher D, of a student D, G and its average.
     """
     records = {}
-    for role, needed, others in (("teacher", ["d"], ["g_ema"]), ("student", ["d", "g_ema", "g"], ["path"])):
-        pair = read_networks(getattr(args, role), needed + others)
-        for name in needed:
+    needed = dict(teacher=["d"], student=["d", "g_ema", "g"])
+    useful = dict(teacher=["g_ema"], student=["path"])
+    for role in needed:
+        pair = read_networks(getattr(args, role), needed[role] + useful[role])
+        for name in needed[role]:
             if getattr(args, role) and name not in pair:
                 raise InputError(f"--{role}: has no {name!r}, expected the networks g, d and g_ema")
         for name, record in pair.items():
@@ -1013,12 +1017,13 @@ def read_given(args):
 
 
 def load_generator(path, device="cpu"):
-    """Rebuilds a generator, in eval mode on device: of a student.pt, or G's average of a pair or of NVIDIA's.
+    """Rebuilds a generator, in eval mode on device: a student's, or G's average of a pair or of NVIDIA's.
 
     What the file says besides is in its attribute facts: size (pixels, of training), direction, classes.
     Raises InputError when the file is missing, damaged or something else.
     """
-    record = read_networks([path], ["g_ema"])["g_ema"]
+    names = ["g_ema", "student_g_ema", "student_G_ema", "student_G"]
+    record = next(iter(read_networks([path], names).values()))
     classes = {cls.__name__: cls for cls in (ResnetGenerator, UnetGenerator, StyleGAN2Generator, BigGANGenerator)}
     try:
         net = classes[record["network"]](**record["config"])
@@ -1464,6 +1469,8 @@ def parse_run(parser, argv, name, toy, budgets):
     and is neither FREE nor one of the budgets: of stages, those that are not over.
     """
     given = parser.parse_args(argv)
+    if not (given.data or given.toy or given.resume):
+        raise InputError("--data is missing; --toy needs none")
     source = Path(given.data).resolve().stem if given.data else "toy"
     out = Path(given.out or f"runs/{name}_{source}")
     defaults, checkpoint = {}, None
@@ -1472,6 +1479,8 @@ def parse_run(parser, argv, name, toy, budgets):
         if not (out / "args.json").is_file():
             raise InputError(f"{out}: holds no run to go on with; leave out --resume to start one")
         defaults = json.loads((out / "args.json").read_text()) | dict(max_steps=None)
+        if defaults["script"] != name:
+            raise InputError(f"{out}: is a run of train_{defaults['script']}.py")
         if (out / "checkpoint.pt").exists():
             checkpoint = load_file(out / "checkpoint.pt")
             budgets = budgets[checkpoint.get("stage", 0) :]
@@ -1483,8 +1492,6 @@ def parse_run(parser, argv, name, toy, budgets):
         defaults = toy
     parser.set_defaults(**defaults | dict(out=str(out), script=name))
     args = parser.parse_args(argv)
-    if not (args.data or args.toy):
-        raise InputError("--data is missing; --toy needs none")
     for key, value in changes(args, defaults).items():
         if given.resume and key not in budgets:
             option = f"--{key.replace('_', '-')}"
@@ -1494,7 +1501,8 @@ def parse_run(parser, argv, name, toy, budgets):
 
 def changes(args, before):
     """{name: value} of the options, not FREE, that differ from those of a run."""
-    return {k: v for k, v in vars(args).items() if k not in FREE and v != before.get(k, v)}
+    fixed = {key: value for key, value in vars(args).items() if key not in FREE}
+    return {key: value for key, value in fixed.items() if value != before.get(key, value)}
 
 
 def data_folder(args, checkpoint, write_toy_dataset):
@@ -1659,6 +1667,7 @@ def on_signal(number, _frame):
         signals["received"] = number
         os.write(2, b"finishing the step and saving\n")
     elif not (signals["deferred"] and several):
+        os.write(2, b"stopped\n")
         sys.exit(128 + number)
 
 
@@ -1671,6 +1680,8 @@ def defer_signals():
 def interruptible():
     """Inside, during long work that is not a step, a signal ends the process at once."""
     signals["deferred"] = False
+    if signals["received"]:  # since stop_asked
+        sys.exit(128 + signals["received"])
     yield
     signals["deferred"] = True
 

@@ -249,8 +249,9 @@ def test_a_whole_run(name, data, finished):
     assert sorted(path.stem for path in Path(out).glob("samples/*.png")) == samples.split()
     nets = weights(out)
     assert same(weights(finished(name)), nets)
-    student = models.load_generator(f"{out}/student.pt")
-    assert same(student.state_dict(), nets[by_kind(name, "student_G_ema", "student_g_ema")])
+    for file in ("student.pt", "checkpoint.pt"):
+        student = models.load_generator(f"{out}/{file}")
+        assert same(student.state_dict(), nets[by_kind(name, "student_G_ema", "student_g_ema")])
 
 
 @pytest.mark.parametrize("name", ["pix2pix_dcd", "biggan_dgl"])
@@ -453,12 +454,13 @@ BAD = """
 train_cyclegan_dcd | --data gone | gone
 train_cyclegan_dcd | --data {bad}/header | 1.png: not a readable image
 train_cyclegan_dcd | --lr nan | --lr
-train_cyclegan_dcd | --teacher {bad}/code.pt | more than plain tensors, of which nothing is run
+train_cyclegan_dcd | --teacher {bad}/code.pt | code.pt: not a checkpoint of plain tensors, or damaged
 train_cyclegan_dcd | --teacher {bad}/pickle.pt | it asks for 'posix.system'
 train_cyclegan_dcd | --teacher {bad}/narrow.pt | size mismatch for model.1.weight
 train_pix2pix_dcd | --teacher {bad}/narrow.pt --teacher-ngf 2 --freeze-teacher --d-fakes none | trained D_T too
 train_cyclegan_dcd | --student {bad}/facts.pt --direction BtoA | their direction is AtoB, expected BtoA
 train_pix2pix_dcd | --data {bad}/odd | 0.png is 201x100 pixels
+train_cyclegan_dcd | --data= | --data is missing; --toy needs none
 train_stylegan2_dgl | --teacher-kimg 0 | stage 2 needs a teacher
 train_stylegan2_dgl | --teacher-kimg 0 --teacher {bad}/pair.pt --size 16 | its images are of 8 pixels, not of 16
 train_biggan_dgl | --data {bad}/odd/train | lies in no class folder
@@ -472,9 +474,9 @@ models | {bad}/narrow.pt a b | narrow.pt: no generator that can be built (KeyErr
 models | {bad}/student.pt {bad}/odd/train {bad}/odd/train | train exists: choose a new folder
 models | {bad}/student.pt {bad}/floats/float.tif out | float.tif: its values have 32 bits
 models | {bad}/student.pt {bad}/gone out | No such file or directory
-models | {bad}/half.pt a b | half.pt: not a checkpoint: damaged, or
+models | {bad}/half.pt a b | half.pt: not a checkpoint of plain tensors, or damaged
 models | {bad}/config.pt a b | config.pt: no generator that can be built (TypeError
-models | {bad}/whole.pt a | whole.pt: expected g_ema, a file each, or one that has them
+models | {bad}/whole.pt a | whole.pt: expected g_ema, student_g_ema
 models | {bad}/pickle.pt a b | it asks for 'posix.system', which no StyleGAN2 needs
 models | missing.pt a b | missing.pt: no such file
 train_cyclegan_dcd | --teacher {bad}/five.pt | the weights of teacher_G: does not fit this ResnetGenerator: 'int' object

@@ -132,7 +132,6 @@ def train(args, checkpoint):
     step_images = args.batch_size * micro_batches * world
     stage_steps = [math.ceil(getattr(args, budget) * 1000 / step_images) for budget in BUDGETS]
     stage_ends = list(itertools.accumulate(stage_steps))
-    last_step = min(stage_ends[-1], args.max_steps or stage_ends[-1])
     eval_steps = math.ceil(args.eval_every * 1000 / step_images)
     optimizers, first_step, best, scores = {}, 0, math.inf, {}
     meter = Meter()
@@ -146,6 +145,7 @@ def train(args, checkpoint):
         if first_step > stage_ends[checkpoint["stage"]]:
             raise InputError(f"{out}: stage {checkpoint['stage']} has already been longer than that")
     images = StoredSquares(files, args.size, args.cache or out, args.workers, Image.Resampling.BILINEAR)
+    last_step = max(first_step, min(stage_ends[-1], args.max_steps or stage_ends[-1]))
     models.open_output(args, first_step)
     dataset = LabelledImages(images, labels, args.mirror, args.seed)
     items = range(first_step * step_images, last_step * step_images)
@@ -267,7 +267,7 @@ def train(args, checkpoint):
             if name in networks:
                 G = networks[name]
                 calls[name.removesuffix("_g_ema")] = (G, torch.randn(1, G.dim_z, device=device), y)
-        models.write_summary(out, max(first_step, last_step), scores, calls)
+        models.write_summary(out, last_step, scores, calls)
 
 
 def build_pair(args, g_ch, d_ch, classes):

@@ -46,7 +46,7 @@ def parse_args(argv):
     option("--load-size", type=at_least(24), help="images are first resized to this square; crop size * 286/256")
     option("--toy", action="store_true", help="small networks; without --data synthetic pictures, plain to striped")
     option, number = models.add_section(parser, "networks; our own files store their widths")
-    option("--teacher", nargs="+", metavar="FILE", help="trained G [F [D_T [D_A]]], or a checkpoint.pt of ours")
+    option("--teacher", nargs="+", metavar="FILE", help="G F D_T D_A (CycleGAN's G_A G_B D_A D_B) or a checkpoint.pt")
     option("--student", nargs=1, metavar="FILE", help="a student.pt or checkpoint.pt of ours to start from")
     option("--teacher-arch", choices=ARCHS, default=ARCHS[0], help="the teacher's generators")
     option("--student-arch", choices=ARCHS, default=ARCHS[0], help="the student's generator")
@@ -144,7 +144,6 @@ def train(args, checkpoint):
     epoch_steps = math.ceil(len(dataset) / global_batch)
     decay_steps = args.epochs_decay * epoch_steps
     schedule_steps = args.epochs * epoch_steps + decay_steps
-    last_step = min(schedule_steps, args.max_steps or schedule_steps)
 
     # Resume, or begin; own is what each process has for itself
     torch.manual_seed(args.seed + rank)
@@ -156,6 +155,7 @@ def train(args, checkpoint):
     meter = Meter(own["losses"])
     pools = [ImagePool(args.pool_size, images) for images in own["pools"]]
     pool_B, pool_A, pool_S = pools
+    last_step = max(first_step, min(schedule_steps, args.max_steps or schedule_steps))
     models.open_output(args, first_step)
     items = range(first_step * global_batch, last_step * global_batch)
     batches = iter(models.share_batches(dataset, args.batch_size, args.workers, items))
@@ -282,7 +282,7 @@ def train(args, checkpoint):
     if rank == 0:
         image = torch.randn(1, 3, args.crop_size, args.crop_size, device=device)
         calls = dict(teacher=(teacher_G, image), student=(shipped, image))
-        models.write_summary(out, max(first_step, last_step), scores, calls)
+        models.write_summary(out, last_step, scores, calls)
 
 
 def check(args):

@@ -139,7 +139,6 @@ def train(args, checkpoint):
     epoch_steps = math.ceil(len(dataset) / global_batch)
     decay_steps = args.epochs_decay * epoch_steps
     schedule_steps = args.epochs * epoch_steps + decay_steps
-    last_step = min(schedule_steps, args.max_steps or schedule_steps)
 
     # Resume, or begin; own is what each process has for itself
     torch.manual_seed(args.seed + rank)
@@ -149,6 +148,7 @@ def train(args, checkpoint):
         own = models.restore(checkpoint, networks, optimizers)
         first_step, best, scores = checkpoint["step"], checkpoint["best"], checkpoint["scores"]
     meter = Meter(own["losses"])
+    last_step = max(first_step, min(schedule_steps, args.max_steps or schedule_steps))
     models.open_output(args, first_step)
     items = range(first_step * global_batch, last_step * global_batch)
     batches = iter(models.share_batches(dataset, args.batch_size, args.workers, items))
@@ -258,7 +258,7 @@ def train(args, checkpoint):
     if rank == 0:
         image = torch.randn(1, 3, args.crop_size, args.crop_size, device=device)
         calls = dict(teacher=(teacher_G, image), student=(shipped, image))
-        models.write_summary(out, max(first_step, last_step), scores, calls)
+        models.write_summary(out, last_step, scores, calls)
 
 
 def build_generator(arch, ngf):

@@ -120,7 +120,6 @@ def train(args, checkpoint):
     step_images = args.batch_size * args.accumulate * world
     stage_steps = [math.ceil(getattr(args, budget) * 1000 / step_images) for budget in BUDGETS]
     stage_ends = list(itertools.accumulate(stage_steps))
-    last_step = min(stage_ends[-1], args.max_steps or stage_ends[-1])
     eval_steps = math.ceil(args.eval_every * 1000 / step_images)
     ema_decay = 0.5 ** (step_images / max(1000 * args.ema_kimg, 1e-8))
     optimizers, first_step, best, scores = {}, 0, math.inf, {}
@@ -135,6 +134,7 @@ def train(args, checkpoint):
         if first_step > stage_ends[checkpoint["stage"]]:
             raise InputError(f"{out}: stage {checkpoint['stage']} has already been longer than that")
     images = StoredSquares(files, args.size, args.cache or out, args.workers)
+    last_step = max(first_step, min(stage_ends[-1], args.max_steps or stage_ends[-1]))
     models.open_output(args, first_step)
     dataset = TrainingImages(images, args.mirror, args.seed)
     items = range(first_step * step_images, last_step * step_images)
@@ -266,7 +266,7 @@ def train(args, checkpoint):
             if name in networks:
                 G = networks[name]
                 calls[name.removesuffix("_g_ema")] = (G, torch.randn(1, G.style_dim, device=device))
-        models.write_summary(out, max(first_step, last_step), scores, calls)
+        models.write_summary(out, last_step, scores, calls)
 
 
 def build_pair(args, g_width, d_width):
