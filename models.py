@@ -1479,8 +1479,8 @@ def parse_run(parser, argv, name, toy, budgets):
         if not (out / "args.json").is_file():
             raise InputError(f"{out}: holds no run to go on with; leave out --resume to start one")
         defaults = json.loads((out / "args.json").read_text()) | dict(max_steps=None)
-        if defaults["script"] != name:
-            raise InputError(f"{out}: is a run of train_{defaults['script']}.py")
+        if defaults.get("script") != name:
+            raise InputError(f"{out}: is no run of train_{name}.py")
         if (out / "checkpoint.pt").exists():
             checkpoint = load_file(out / "checkpoint.pt")
             budgets = budgets[checkpoint.get("stage", 0) :]
