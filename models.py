@@ -932,11 +932,12 @@ def load_weights(net, record, source):
 def load_networks(networks, records):
     """Loads those of the networks (name to module) that records (name to what load_weights takes) holds."""
     for name in networks.keys() & records.keys():
-        load_weights(networks[name], records[name], f"the weights of {name}")
+        source = records[name].get("source", f"the weights of {name}")
+        load_weights(networks[name], records[name], source)
 
 
 def read_networks(paths, names):
-    """Reads trained networks -> {name: what load_weights takes}, those of the names that there are.
+    """Reads trained networks -> {name: what load_weights takes, and its source}, those of the names that there are.
 
     paths: a file for each of the names, in order; or one that has them by name: DCD's checkpoint.pt, a pair
     {g, d, g_ema} of ours or of rosinality's, NVIDIA's, of which it prints what they say; or None.
@@ -956,7 +957,14 @@ def read_networks(paths, names):
         by_name = "networks" in files[0] or not content.keys().isdisjoint(names)
     if not by_name:
         content = dict(zip(names, files, strict=False))
-    records = {name: content[name] for name in names if name in content}
+    records = {}
+    for number, name in enumerate(names):
+        if name in content:
+            path = paths[0] if by_name else paths[number]
+            own = content[name]
+            packed = isinstance(own, dict) and "state_dict" in own
+            record = own if packed else dict(state_dict=own)
+            records[name] = record | dict(source=f"{path}, read as {name}")
     most = 1 if by_name else len(names)
     if not records or len(paths) > most:
         found = " ".join(map(str, paths))

@@ -479,7 +479,7 @@ models | {bad}/config.pt a b | config.pt: no generator that can be built (TypeEr
 models | {bad}/whole.pt a | whole.pt: expected g_ema, student_g_ema
 models | {bad}/pickle.pt a b | it asks for 'posix.system', which no StyleGAN2 needs
 models | missing.pt a b | missing.pt: no such file
-train_cyclegan_dcd | --teacher {bad}/five.pt | the weights of teacher_G: does not fit this ResnetGenerator: 'int' object
+train_cyclegan_dcd | --teacher {bad}/five.pt | five.pt, read as teacher_G: does not fit this ResnetGenerator: 'int'
 train_cyclegan_dcd | --out {bad} | .pt: would be overwritten; choose another --out
 fid | {bad}/odd/train gone | gone: no such folder
 fid | {bad}/floats {bad}/odd/train | float.tif: not a readable image (its values have 32 bits
