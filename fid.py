@@ -379,7 +379,7 @@ def generated_stats(batches, inception, splits=None):
 
 
 def kept_stats(name, batches, inception):
-    """Return generated_stats(batches, inception), kept in NAME_WEIGHTS.npz: where it exists, batches are not touched.
+    """Return generated_stats(batches(), inception), kept in NAME_WEIGHTS.npz: where it exists, batches is not called.
 
     WEIGHTS tells the network's weights apart. Rank 0's file counts; every process has to call this.
     """
@@ -390,7 +390,7 @@ def kept_stats(name, batches, inception):
         stats = FeatureStats.load(path)
     stats = gather(stats)[0]
     if stats is None:
-        stats = generated_stats(batches, inception)
+        stats = generated_stats(batches(), inception)
         if processes()[0] == 0:
             stats.save(path)
     return stats

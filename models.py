@@ -870,10 +870,15 @@ def load_file(path):
     return content
 
 
-def save(path, content):
-    """On rank 0, writes what load_file reads: pack(net), or several by name, as teacher.pt: {"g", "d", "g_ema"}."""
-    if processes()[0] == 0:
-        write_atomically(path, lambda file: torch.save(content, file))
+def save(path, networks):
+    """On rank 0, writes what load_file reads of a network, or of several by name, as teacher.pt: see pack."""
+    if processes()[0] > 0:
+        return
+    if isinstance(networks, nn.Module):
+        content = pack(networks)
+    else:
+        content = {name: pack(net) for name, net in networks.items()}
+    write_atomically(path, lambda file: torch.save(content, file))
 
 
 def pack(net):
@@ -911,12 +916,12 @@ def load_weights(net, record, source):
     name, config = type(net).__name__, record.get("config")
     if record.get("network", name) != name:
         raise InputError(
-            f"{source}: holds a {record['network']}, expected a {name}: give another file, or its architecture"
+            f"{source}: holds a {record['network']}, expected a {name}: choose another file or architecture"
         )
     theirs, ours = record.get("facts", {}), getattr(net, "facts", {})
     for fact in ("script", "direction"):
         if fact in theirs and fact in ours and theirs[fact] != ours[fact]:
-            raise InputError(f"{source}: their {fact} is {theirs[fact]}, expected {ours[fact]}")
+            raise InputError(f"{source}: its {fact} is {theirs[fact]}, expected {ours[fact]}")
     try:
         if config and config != net.config:
             training = net.training
@@ -1605,7 +1610,7 @@ def save_checkpoint(path, networks, optimizers, own, **content):
         for key, value in record["state_dict"].items():
             if not value.isfinite().all():
                 raise SystemExit(f"error: diverged, {name} {key} is not finite; the last checkpoint stays: {path}")
-    save(path, content)
+    write_atomically(path, lambda file: torch.save(content, file))
 
 
 def restore(checkpoint, networks, optimizers):

@@ -458,7 +458,7 @@ train_cyclegan_dcd | --teacher {bad}/code.pt | code.pt: not a checkpoint of plai
 train_cyclegan_dcd | --teacher {bad}/pickle.pt | it asks for 'posix.system'
 train_cyclegan_dcd | --teacher {bad}/narrow.pt | size mismatch for model.1.weight
 train_pix2pix_dcd | --teacher {bad}/narrow.pt --teacher-ngf 2 --freeze-teacher --d-fakes none | trained D_T too
-train_cyclegan_dcd | --student {bad}/facts.pt --direction BtoA | their direction is AtoB, expected BtoA
+train_cyclegan_dcd | --student {bad}/facts.pt --direction BtoA | its direction is AtoB, expected BtoA
 train_pix2pix_dcd | --data {bad}/odd | 0.png is 201x100 pixels
 train_cyclegan_dcd | --data= | --data is missing; --toy needs none
 train_stylegan2_dgl | --teacher-kimg 0 | stage 2 needs a teacher
@@ -497,15 +497,15 @@ def bad(data, tmp_path_factory):
     torch.save({"epoch": 1, "model": {}}, root / "nested.pt")
     torch.save({"state_dict": 5}, root / "five.pt")
     torch.save({"networks": {"teacher_g_ema": {}}}, root / "whole.pt")
-    models.save(root / "student.pt", models.pack(ResnetGenerator(ngf=2)))
+    models.save(root / "student.pt", ResnetGenerator(ngf=2))
     G = ResnetGenerator(ngf=2, separable=True)
     G.facts = dict(direction="AtoB")
-    models.save(root / "facts.pt", models.pack(G))
+    models.save(root / "facts.pt", G)
     (root / "half.pt").write_bytes((root / "student.pt").read_bytes()[:500])
-    models.save(root / "pair.pt", dict(d=models.pack(StyleGAN2Discriminator(8, width=0.01))))
+    models.save(root / "pair.pt", dict(d=StyleGAN2Discriminator(8, width=0.01)))
     D = BigGANDiscriminator(32, 2, 2, None)
     D.facts = dict(classes=["x", "z"])
-    models.save(root / "classes.pt", dict(d=models.pack(D)))
+    models.save(root / "classes.pt", dict(d=D))
     (root / "floats").mkdir()
     Image.new("F", (16, 16)).save(root / "floats/float.tif")
     shutil.copytree(data / "cyclegan_dcd", root / "header")
@@ -1005,7 +1005,7 @@ def test_a_folder_is_translated():
     """By models.py and student.pt alone; what cannot be read is skipped with a count."""
     net = fill(ResnetGenerator(ngf=2, separable=True))
     net.facts = dict(size=20, direction="BtoA")
-    models.save("student.pt", models.pack(net))
+    models.save("student.pt", net)
     shutil.copy(HERE / "models.py", "models.py")
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (37, 24, 3), dtype=np.uint8))
     Path("photos/deep").mkdir(parents=True)

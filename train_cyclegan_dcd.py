@@ -46,7 +46,7 @@ def parse_args(argv):
     option("--load-size", type=at_least(24), help="images are first resized to this square; crop size * 286/256")
     option("--toy", action="store_true", help="small networks; without --data synthetic pictures, plain to striped")
     option, number = models.add_section(parser, "networks; our own files store their widths")
-    option("--teacher", nargs="+", metavar="FILE", help="G F D_T D_A (CycleGAN's G_A G_B D_A D_B) or a checkpoint.pt")
+    option("--teacher", nargs="+", metavar="FILE", help="G [F [D_T [D_A]]] (CycleGAN's G_A G_B D_A D_B), checkpoint.pt")
     option("--student", nargs=1, metavar="FILE", help="a student.pt or checkpoint.pt of ours to start from")
     option("--teacher-arch", choices=ARCHS, default=ARCHS[0], help="the teacher's generators")
     option("--student-arch", choices=ARCHS, default=ARCHS[0], help="the student's generator")
@@ -165,7 +165,7 @@ def train(args, checkpoint):
         own = dict(losses=meter.state(), pools=[pool.state() for pool in pools])
         record = dict(step=step, best=best, scores=scores)
         models.save_checkpoint(out / "checkpoint.pt", networks, optimizers, own, **record)
-        models.save(out / "student.pt", models.pack(shipped))
+        models.save(out / "student.pt", shipped)
 
     models.defer_signals()
     pace = models.Pace(global_batch, first_step, last_step)
@@ -275,7 +275,7 @@ def train(args, checkpoint):
             models.log(args, dict(step=step, evaluation=True) | scores)
             if scores.get("fid_student", math.inf) < best:
                 best = scores["fid_student"]
-                models.save(out / "best_student.pt", models.pack(shipped))
+                models.save(out / "best_student.pt", shipped)
             save(step)  # with the scores
             pace.restart(step)
 

@@ -158,7 +158,7 @@ def train(args, checkpoint):
         own = dict(losses=meter.state())
         record = dict(step=step, best=best, scores=scores)
         models.save_checkpoint(out / "checkpoint.pt", networks, optimizers, own, **record)
-        models.save(out / "student.pt", models.pack(shipped))
+        models.save(out / "student.pt", shipped)
 
     models.defer_signals()
     pace = models.Pace(global_batch, first_step, last_step)
@@ -251,7 +251,7 @@ def train(args, checkpoint):
             models.log(args, dict(step=step, evaluation=True) | scores)
             if scores.get("fid_student", math.inf) < best:
                 best = scores["fid_student"]
-                models.save(out / "best_student.pt", models.pack(shipped))
+                models.save(out / "best_student.pt", shipped)
             save(step)  # with the scores
             pace.restart(step)
 

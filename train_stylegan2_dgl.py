@@ -122,17 +122,17 @@ def train(args, checkpoint):
     stage_ends = list(itertools.accumulate(stage_steps))
     eval_steps = math.ceil(args.eval_every * 1000 / step_images)
     ema_decay = 0.5 ** (step_images / max(1000 * args.ema_kimg, 1e-8))
-    optimizers, first_step, best, scores = {}, 0, math.inf, {}
-    meter = Meter()
 
-    # Resume
+    # Resume, or begin; own is what each process has for itself
     torch.manual_seed(args.seed + rank)
+    first_step, best, scores = 0, math.inf, {}
+    own, optimizers = dict(losses={}), {}
     if checkpoint:
         own = models.restore(checkpoint, networks, {})
         first_step, best, scores = checkpoint["step"], checkpoint["best"], checkpoint["scores"]
-        meter = Meter(own["losses"])
         if first_step > stage_ends[checkpoint["stage"]]:
             raise InputError(f"{out}: stage {checkpoint['stage']} has already been longer than that")
+    meter = Meter(own["losses"])
     images = StoredSquares(files, args.size, args.cache or out, args.workers)
     last_step = max(first_step, min(stage_ends[-1], args.max_steps or stage_ends[-1]))
     models.open_output(args, first_step)
@@ -146,7 +146,7 @@ def train(args, checkpoint):
         record = dict(step=step, stage=stage, best=best, scores=scores)
         models.save_checkpoint(out / "checkpoint.pt", networks, optimizers, own, **record)
         if stage > 0:
-            models.save(out / "student.pt", models.pack(student["g_ema"]))
+            models.save(out / "student.pt", student["g_ema"])
 
     models.defer_signals()
     pace = models.Pace(step_images, first_step, last_step)
@@ -240,7 +240,7 @@ def train(args, checkpoint):
             due = inception is not None and (step % eval_steps == 0 or stage_over or last)
             if stage_over:
                 name = BUDGETS[stage].removesuffix("_kimg")
-                models.save(out / f"{name}.pt", {key: models.pack(net) for key, net in pair.items()})
+                models.save(out / f"{name}.pt", pair)
             if step % args.save_every == 0 or due or stage_over or last or stop_signal:
                 save(step, stage)
             if stop_signal:
@@ -256,7 +256,7 @@ def train(args, checkpoint):
                 models.log(args, dict(step=step, evaluation=True) | scores)
                 if scores.get("fid_student", math.inf) < best:
                     best = scores["fid_student"]
-                    models.save(out / "best_student.pt", models.pack(student["g_ema"]))
+                    models.save(out / "best_student.pt", student["g_ema"])
                 save(step, stage)  # with the scores
                 pace.restart(step)
 
@@ -299,10 +299,10 @@ def evaluate(generators, images, inception, to_device, args):
     """{"fid_NAME": ..}: Fréchet distances of each generator's images to the real ones' statistics."""
 
     def reals():
-        yield from map(to_device, models.share_batches(images, 32, args.workers))
+        return map(to_device, models.share_batches(images, 32, args.workers))
 
     kept = Path(args.out, images.path.stem)
-    real = kept_stats(kept, reals(), inception)
+    real = kept_stats(kept, reals, inception)
     scores = {}
     for name, G in generators.items():
         fake = generated_stats(draw(G, args), inception)
