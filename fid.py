@@ -219,8 +219,6 @@ def part_of(path):
     part.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield part
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -351,8 +349,7 @@ def image_stats(files, inception, batch_size=50, workers=0, keep=()):
     device = next(inception.parameters()).device
     rank, world = processes()
     share = range(rank, len(files), world)
-    generator = torch.Generator()  # the loader draws a seed: not from a training run's random numbers
-    loader = DataLoader(files, batch_size, sampler=share, num_workers=workers, collate_fn=list, generator=generator)
+    loader = DataLoader(files, batch_size, sampler=share, num_workers=workers, collate_fn=list)
 
     def batches():
         for i, pictures in enumerate(loader, 1):
@@ -426,16 +423,12 @@ def refuse_32_bits(image):
 
 
 def find_files(folder, above=()):
-    """Return the paths of all files below a folder; links are followed, but not in circles.
-
-    Without what starts with a dot, and without samples/ beside an args.json, which a training run wrote.
-    """
+    """Return the paths of all files below a folder but those that start with a dot; links count, but not circles."""
     above = (*above, os.path.realpath(folder))
-    entries = {entry.name: entry for entry in os.scandir(folder) if not entry.name.startswith(".")}
-    if "args.json" in entries:
-        entries.pop("samples", None)
     paths = []
-    for entry in entries.values():
+    for entry in os.scandir(folder):
+        if entry.name.startswith("."):
+            continue
         if not entry.is_dir():
             paths.append(entry.path)
         elif os.path.realpath(entry.path) not in above:
@@ -453,7 +446,7 @@ class ImageFiles:
     """The images of a folder (see find_files) or of a .zip, in the order of their names.
 
     `names` are relative to the source, without what starts with a dot; `files[i]` is a PIL RGB image, see to_rgb;
-    str(files) tells how many there are, and how many files are none of EXTENSIONS. Picklable and safe in workers.
+    str(files) tells how many there are. Picklable and safe in workers.
     size: pixels; if given, each image is resized to this square, bicubic, as the training scripts evaluate.
     Raises InputError for a source that is neither folder nor .zip, or has no images; on access for an image that is
     unreadable, truncated, of 32 bits, or larger than twice Image.MAX_IMAGE_PIXELS (found before it is decoded).
@@ -473,13 +466,11 @@ class ImageFiles:
         else:
             raise InputError(f"{source}: no such folder, and no whole .zip")
         self.names = sorted(name for name in names if name.lower().endswith(EXTENSIONS))
-        self.others = len(names) - len(self.names)
         if not self.names:
-            raise InputError(f"{source}: no images in it, {self.others} other files; known: {' '.join(EXTENSIONS)}")
+            raise InputError(f"{source}: no images in it, files that end in {' '.join(EXTENSIONS)}")
 
     def __str__(self):
-        left_out = f", {self.others} other files left out" if self.others else ""
-        return f"{self.source}: {len(self)} images{left_out}"
+        return f"{self.source}: {len(self)} images"
 
     def __len__(self):
         return len(self.names)
@@ -558,8 +549,7 @@ class StoredSquares:
         if processes()[0] == 0 and not path.exists():
             resize = functools.partial(central_square, side=side, resample=resample)
             files.check()  # a header that cannot be read shows before hours of work
-            generator = torch.Generator()
-            squares = DataLoader(files, None, num_workers=workers, collate_fn=resize, generator=generator)
+            squares = DataLoader(files, None, num_workers=workers, collate_fn=resize)
             header = {"descr": "|u1", "fortran_order": False, "shape": (len(files), 3, side, side)}
             with part_of(path) as part, open(part, "wb") as file:
                 np.lib.format.write_array_header_1_0(file, header)
@@ -617,8 +607,7 @@ def parse_args(argv):
     option("--is", dest="score", action="store_true", help="also the Inception Score of A (in 10 parts)")
     option("--size", type=int, help="first resize the images to SIZE x SIZE, as the training scripts do")
     option("--batch-size", type=int, default=50, help="images per forward pass (%(default)s)")
-    workers = min(8, os.cpu_count() or 1)
-    option("--workers", type=int, default=workers, help="processes that decode images (%(default)s)")
+    option("--workers", type=int, default=4, help="processes that decode images (%(default)s)")
     option("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1 ...")
     option("--weights", "--inception", default="auto", help="auto (torch hub's cache, else download), or a path")
     option("--json", action="store_true", help="print one line of JSON")
@@ -627,11 +616,10 @@ def parse_args(argv):
         parser.error("B is missing: give a second set of images or statistics, --save FILE.npz, or --is")
     if args.save and not args.save.endswith(".npz"):
         parser.error(f"--save {args.save}: the name has to end in .npz")
-    images = [source for source in (args.A, args.B) if source and not source.endswith(".npz")]
-    if args.kid and len(images) < 2:
-        parser.error("--kid needs the images of both sets: give folders or .zip files")
-    if args.score and args.A not in images:
-        parser.error("--is needs the images of A: give a folder or .zip file")
+    if args.kid and (args.B is None or args.B.endswith(".npz")):
+        parser.error("--kid needs a second set of images: give a folder or .zip file")
+    if (args.kid or args.score) and args.A.endswith(".npz"):
+        parser.error("--kid and --is need the images of A: give a folder or .zip file")
     return args, parser
 
 

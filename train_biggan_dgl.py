@@ -127,6 +127,10 @@ def train(args, checkpoint):
     measures_fid = args.eval_every and args.inception != "none"
     inception = fid.load_inception(args.inception, device) if measures_fid else None
 
+    # Data
+    images = StoredSquares(files, args.size, args.cache or out, args.workers, Image.Resampling.BILINEAR)
+    dataset = LabelledImages(images, labels, args.mirror, args.seed)
+
     # Steps count through all stages; one shows D so many micro-batches of real images, and G makes one update
     micro_batches = args.d_steps * args.accumulate
     step_images = args.batch_size * micro_batches * world
@@ -144,10 +148,8 @@ def train(args, checkpoint):
         if first_step > stage_ends[checkpoint["stage"]]:
             raise InputError(f"{out}: stage {checkpoint['stage']} has already been longer than that")
     meter = Meter(own["losses"])
-    images = StoredSquares(files, args.size, args.cache or out, args.workers, Image.Resampling.BILINEAR)
     last_step = max(first_step, min(stage_ends[-1], args.max_steps or stage_ends[-1]))
     models.open_output(args, first_step)
-    dataset = LabelledImages(images, labels, args.mirror, args.seed)
     items = range(first_step * step_images, last_step * step_images)
     batches = iter(models.share_batches(dataset, args.batch_size, args.workers, items))
     say(f"{out}: steps {first_step} to {last_step} of {stage_ends[-1]}, {step_images} images each, {world} x {device}")
