@@ -1057,7 +1057,8 @@ def test_pictures_are_drawn(name, finished, capsys):
 
 
 def snippet(start):
-    blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    text = (HERE / "README.md").read_text() + (HERE / ".github/RECIPES.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     return next(block for block in blocks if block.startswith(start))
 
 

@@ -31,6 +31,7 @@ from models import InputError, PatchDiscriminator, ResnetGenerator, at_least, in
 
 NAME = "cyclegan_dcd"
 ARCHS = ("mobile_resnet_9blocks", "resnet_9blocks")
+D_FAKES = ("both", "teacher", "none")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Arguments
@@ -65,12 +66,7 @@ def parse_args(argv):
     number("--pool-size", 50, "past fakes that the discriminators see again, images", minimum=0)
     option("--distill", choices=("dcd", "pixel"), default="dcd", help="feature maps through D_T or pixel by pixel")
     number("--tap-size", 64, "shortest side of the maps given to D_T, pixels: smaller ones are enlarged", minimum=24)
-    option(
-        "--d-fakes",
-        choices=("both", "teacher", "none"),
-        default="both",
-        help="whose fakes D_T learns from; none: frozen",
-    )
+    option("--d-fakes", choices=D_FAKES, default="both", help="whose fakes D_T learns from; none: it stays as it is")
     option("--freeze-teacher", action="store_true", help="leave the teacher's generators as they are; D_T still learns")
     option, number = models.add_section(parser, "optimisation")
     number("--epochs", 400, "the student's passes through the data at full learning rate")

@@ -33,6 +33,7 @@ from models import InputError, PatchDiscriminator, ResnetGenerator, UnetGenerato
 
 NAME = "pix2pix_dcd"
 ARCHS = ("mobile_resnet_9blocks", "resnet_9blocks", "unet_256")
+D_FAKES = ("both", "teacher", "none")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Arguments
@@ -65,12 +66,7 @@ def parse_args(argv):
     number("--teacher-every", 1, "the teacher and D_T learn at every N-th step of the student")
     option("--distill", choices=("dcd", "pixel"), default="dcd", help="feature maps through D_T or pixel by pixel")
     number("--tap-size", 64, "shortest side of the maps given to D_T, pixels: smaller ones are enlarged", minimum=24)
-    option(
-        "--d-fakes",
-        choices=("both", "teacher", "none"),
-        default="both",
-        help="whose fakes D_T learns from; none: frozen",
-    )
+    option("--d-fakes", choices=D_FAKES, default="both", help="whose fakes D_T learns from; none: it stays as it is")
     option("--freeze-teacher", action="store_true", help="leave the teacher's generator as it is; D_T still learns")
     option, number = models.add_section(parser, "optimisation")
     number("--epochs", 100, "passes through the data at full learning rate")
