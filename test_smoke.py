@@ -11,7 +11,6 @@ import hashlib
 import http.server
 import importlib
 import json
-import multiprocessing
 import os
 import pickle
 import re
@@ -404,7 +403,7 @@ def broadcast_weights(given):
     broadcast(networks)
 models.broadcast_weights = broadcast_weights
 for port, name, arguments in json.loads(sys.argv[1]):
-    os.environ["MASTER_PORT"] = str(port)
+    os.environ["MASTER_PORT"] = port
     importlib.import_module("train_" + name).main(arguments)
     content = b"".join(v.numpy().tobytes() for net in networks for v in net.state_dict().values())
     print(hashlib.sha256(content).hexdigest(), file=sys.stderr)
@@ -415,7 +414,13 @@ for port, name, arguments in json.loads(sys.argv[1]):
 
 def free_port():
     with socket.create_server(("127.0.0.1", 0)) as found:
-        return found.getsockname()[1]
+        return str(found.getsockname()[1])
+
+
+def start_two(*words):
+    """Starts Python as two processes of one group, as torchrun would."""
+    group = ENVIRONMENT | dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
+    return [start([sys.executable, *words], group | dict(RANK=rank)) for rank in "01"]
 
 
 def test_two_processes(data, tmp_path, capsys):
@@ -428,10 +433,7 @@ def test_two_processes(data, tmp_path, capsys):
         runs.append((name, f"{name}_cut", "--batch-size 2 --max-steps 2"))
         runs.append((name, f"{name}_cut", "--batch-size 2 --max-steps 4 --resume"))
     commands = [(free_port(), name, arguments(name, data, tmp_path / out, options)) for name, out, options in runs]
-    pair = []
-    for rank in "01":
-        environment = ENVIRONMENT | dict(RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
-        pair.append(start([sys.executable, "-c", TWO, json.dumps(commands)], environment))
+    pair = start_two("-c", TWO, json.dumps(commands))
     hashes = [process.communicate(timeout=300)[1].split()[-len(runs) :] for process in pair]
     assert hashes[0] == hashes[1] and len(set(hashes[0])) == 7, hashes
     for name in several:
@@ -470,14 +472,12 @@ train_biggan_dgl | --teacher {bad}/classes.pt {bad}/narrow.pt --teacher-kimg 0 |
 train_biggan_dgl | --teacher {bad}/classes.pt --teacher-kimg 0 | its class 1 is 'z', in --data 'y'
 train_stylegan2_dgl | --data {bad}/header/trainA | 0.png: not a readable image
 train_stylegan2_dgl | --data {bad}/floats | float.tif: not a readable image (its values have 32 bits
-train_cyclegan_dcd | --teacher {bad}/nested.pt | does not fit this ResnetGenerator: Missing key
 models | {bad}/narrow.pt a b | narrow.pt: no generator that can be built (KeyError('network')), expected a student.pt
 models | {bad}/student.pt {bad}/odd/train {bad}/odd/train | train exists: choose a new folder
 models | {bad}/student.pt {bad}/floats/float.tif out | float.tif: its values have 32 bits
 models | {bad}/student.pt {bad}/gone out | No such file or directory
 models | {bad}/half.pt a b | half.pt: not a checkpoint of plain tensors, or damaged
 models | {bad}/config.pt a b | config.pt: no generator that can be built (TypeError
-models | {bad}/whole.pt a | whole.pt: expected g_ema, student_g_ema
 models | {bad}/pickle.pt a b | it asks for 'posix.system', which no StyleGAN2 needs
 models | missing.pt a b | missing.pt: no such file
 train_cyclegan_dcd | --teacher {bad}/five.pt | five.pt, read as teacher_G: does not fit this ResnetGenerator: 'int'
@@ -495,9 +495,7 @@ def bad(data, tmp_path_factory):
     (root / "pickle.pt").write_bytes(pickle.dumps(RunsCode()))
     torch.save(dict(network="ResnetGenerator", config={"ngf": "many"}, state_dict={}), root / "config.pt")
     torch.save(ResnetGenerator(ngf=2, separable=True).state_dict(), root / "narrow.pt")
-    torch.save({"epoch": 1, "model": {}}, root / "nested.pt")
     torch.save({"state_dict": 5}, root / "five.pt")
-    torch.save({"networks": {"teacher_g_ema": {}}}, root / "whole.pt")
     models.save(root / "student.pt", ResnetGenerator(ngf=2))
     G = ResnetGenerator(ngf=2, separable=True)
     G.facts = dict(direction="AtoB")
@@ -935,17 +933,6 @@ def test_dcd_loss():
     fails("taps of shapes", loss, taps, [targets[0]] * 4, D.features)
 
 
-def test_the_papers_taps_are_not_enlarged():
-    D, G = PatchDiscriminator(ndf=4), ResnetGenerator(ngf=2, separable=True)
-    loss = DCDLoss(G.tap_channels, G.tap_channels)
-    (_, a), (_, b) = (G(torch.rand(1, 3, 256, 256), taps=True) for _ in range(2))
-    value = loss(a, b, D.features)
-    loss.tap_size = 24
-    assert torch.equal(loss(a, b, D.features), value) and value > 1e-3
-    loss.student_connectors.load_state_dict(loss.teacher_connectors.state_dict())
-    assert loss(a, a, D.features) == 0
-
-
 def test_pixel_loss_is_plain_feature_matching():
     loss, expected = PixelLoss([2, 3], [4, 5]), 0
     taps = [torch.randn(2, c, 6, 7) for c in (2, 3)]
@@ -1215,11 +1202,6 @@ def test_images_are_measured(inception):
         np.testing.assert_allclose(found.mean, features.mean(0), rtol=1e-4, atol=1e-5)
 
 
-def one_of_two(rank, port, words):
-    os.environ.update(RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    fid.main(words)
-
-
 def test_command_line(inception_file, capfd):
     """A folder, its .zip, its statistics, and two processes tell the same."""
     save_noise("a", 10, (40, 40))
@@ -1229,14 +1211,8 @@ def test_command_line(inception_file, capfd):
     fid.main(f"a b.zip --save a.npz --batch-size 1 --workers 2 --kid --is --json {options}".split())
     alone = json.loads(capfd.readouterr().out)
     assert alone["images"] == [10, 2] and alone["kid"] > 0 and alone["fid"] > 0
-    words = f"a a.npz --batch-size 2 --workers 0 --is --json {options}".split()
-    port, fork = free_port(), multiprocessing.get_context("fork")
-    pair = [fork.Process(target=one_of_two, args=(rank, port, words)) for rank in "01"]
-    for process in pair:
-        process.start()
-    for process in pair:
-        process.join()
-    shared = json.loads(capfd.readouterr().out)
+    pair = start_two(HERE / "fid.py", *f"a a.npz --batch-size 2 --workers 0 --is --json {options}".split())
+    shared = json.loads(pair[0].communicate()[0])
     assert shared["fid"] < 1e-4 * alone["fid"]
     assert shared["is"] - 1 == pytest.approx(alone["is"] - 1, rel=1e-3)
 
