@@ -682,7 +682,8 @@ def main(argv=None):
         if device.type == "cuda":
             torch.cuda.set_device(device)
         if parallel:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend)
         run(args, device)
         if parallel:
             dist.destroy_process_group()

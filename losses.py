@@ -267,7 +267,9 @@ def average_gradients(optimizer):
     world = processes()[1]
     if world == 1:
         return
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    parameters = []
+    for group in optimizer.param_groups:
+        parameters += [p for p in group["params"] if p.grad is not None]
     flat = torch.cat([p.grad.flatten() for p in parameters])
     dist.all_reduce(flat)
     flat /= world

@@ -163,7 +163,8 @@ class UnetBlock(nn.Module):
         super().__init__()
         self.outermost = outermost
         down = nn.Conv2d(outer, inner, 4, stride=2, padding=1)
-        up = nn.ConvTranspose2d(2 * inner if submodule else inner, outer, 4, stride=2, padding=1)
+        joined = 2 * inner if submodule else inner  # the inner level's, with what it was given
+        up = nn.ConvTranspose2d(joined, outer, 4, stride=2, padding=1)
         if outermost:
             layers = [down, submodule, nn.ReLU(), up, nn.Tanh()]
         elif submodule is None:
@@ -705,7 +706,8 @@ class DiscriminatorBlock(nn.Module):
         self.first, self.halve = first, halve
 
     def forward(self, x):
-        h = self.conv1(x if self.first else F.relu(x))  # not in place: the shortcut takes x as it is
+        h = x if self.first else F.relu(x)  # not in place: the shortcut takes x as it is
+        h = self.conv1(h)
         h = self.conv2(F.relu(h, inplace=True))
         if self.first:  # a 1x1 convolution and pooling commute: images are pooled first, three channels being few
             return F.avg_pool2d(h, 2) + self.conv_sc(F.avg_pool2d(x, 2))
@@ -723,7 +725,8 @@ def biggan_channels(size, ch):
     }
     if size not in factors:
         raise ValueError(f"size is {size}, expected 32, 64, 128 or 256")
-    return [[ch * factor for factor in widths] for widths in factors[size]]
+    of_generator, of_discriminator = factors[size]
+    return [ch * factor for factor in of_generator], [ch * factor for factor in of_discriminator]
 
 
 class BigGANGenerator(nn.Module):
@@ -1373,7 +1376,8 @@ def start_processes(device, amp, one_thread=False):
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = amp != "off"
-        torch.set_float32_matmul_precision("highest" if amp == "off" else "high")
+        precision = "highest" if amp == "off" else "high"
+        torch.set_float32_matmul_precision(precision)
     elif sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         # glibc would give every tensor over 32 MB back to the system, and clearing its pages anew can cost half a step.
         libc.mallopt(-4, 0)  # M_MMAP_MAX: blocks mapped one by one
@@ -1601,7 +1605,8 @@ def save_checkpoint(path, networks, optimizers, own, **content):
         own["cuda"] = torch.cuda.get_rng_state()
     ranks = [own] * world
     if world > 1:
-        dist.gather_object(own, ranks if rank == 0 else None)
+        received = ranks if rank == 0 else None
+        dist.gather_object(own, received)
     if rank > 0:
         return
     content |= {"ranks": ranks, "networks": {name: pack(net) for name, net in networks.items()}}
@@ -1769,7 +1774,8 @@ def save_grid(path, blocks, columns=1):
         labelled.paste(grid, (0, 16))
         ImageDraw.Draw(labelled).text((2, 8), name, "black", ImageFont.load_default(10), anchor="lm")
         pictures.append(np.asarray(labelled))
-    picture = Image.fromarray(np.concatenate(pictures, axis=1 if columns == 1 else 0))
+    axis = 1 if columns == 1 else 0
+    picture = Image.fromarray(np.concatenate(pictures, axis))
     write_atomically(path, lambda file: picture.save(file, "png"))
 
 
@@ -1807,7 +1813,10 @@ def translate_folder(net, source, target, size=None, pairs=False):
     """
     source, target = Path(source), Path(target)
     size = net.facts.get("size", 0) if size is None else size
-    print(f"shorter sides of {size} pixels; --size 0: as they are" if size else "pictures keep their size; see --size")
+    if size:
+        print(f"shorter sides of {size} pixels; --size 0: as they are")
+    else:
+        print("pictures keep their size; see --size")
     known, root, paths = Image.registered_extensions(), source.parent, [source]
     if source.is_dir():
         paths = [path for path in sorted(source.rglob("*")) if path.suffix.lower() in known]
@@ -1929,7 +1938,8 @@ def parse_args(argv):
     number("--truncation", 0.7, "of their latents", minimum=0.01)
     number("--seed", 0, "of their latents", minimum=0)
     option("--class", dest="label", type=at_least(0), help="BigGAN: number of the class; all in turn if not given")
-    option("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    option("--device", default=device, help="cpu, cuda")
     return [parser.parse_intermixed_args(argv)]
 
 

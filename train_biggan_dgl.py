@@ -224,7 +224,8 @@ def train(args, checkpoint):
             # The moving average is a copy for the first steps of a pair; a student that is given has had them
             pair_step = step - 1 - (stage_ends[0] if stage else 0)
             averaging = pair_step >= args.ema_start or (stage and args.student)
-            update_ema(G_ema, G, args.ema_decay if averaging else 0.0, buffers=True)
+            decay = args.ema_decay if averaging else 0.0
+            update_ema(G_ema, G, decay, buffers=True)
 
             # Log
             last, stage_over = step == last_step, step == stage_end

@@ -387,11 +387,12 @@ class PairedImages(Dataset):
         rng = np.random.default_rng([self.seed, n])
         margin = self.load_size - self.crop_size
         top, left = rng.integers(margin + 1, size=2).tolist()
-        flip = rng.random() < 0.5
         order = models.shuffled(len(self), self.seed, epoch)
         pair = load_pair(self.files, order[k], self.direction, self.load_size)
         pair = [TF.crop(image, top, left, self.crop_size, self.crop_size) for image in pair]
-        return [to_tensor(TF.horizontal_flip(image) if flip else image) for image in pair]
+        if rng.random() < 0.5:
+            pair = [TF.horizontal_flip(image) for image in pair]
+        return [to_tensor(image) for image in pair]
 
 
 class TestPairs(Dataset):

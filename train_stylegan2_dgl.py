@@ -160,8 +160,8 @@ def train(args, checkpoint):
         pair = teacher if stage == 0 else student
         teacher_D = teacher["d"]
         G, D, G_ema, path_length = pair["g"], pair["d"], pair["g_ema"], pair["path"]
-        optimizer_G = lazy_adam(G, args.lr, args.path_every if args.path_weight else None)
-        optimizer_D = lazy_adam(D, args.lr, args.r1_every if args.r1_gamma else None)
+        optimizer_G = lazy_adam(G, args.lr, args.path_weight, args.path_every)
+        optimizer_D = lazy_adam(D, args.lr, args.r1_gamma, args.r1_every)
         optimizers = dict(G=optimizer_G, D=optimizer_D)
         if checkpoint and stage == checkpoint["stage"]:
             for name, optimizer in optimizers.items():
@@ -277,12 +277,12 @@ def build_pair(args, g_width, d_width):
     return dict(g=G, d=D, g_ema=copy.deepcopy(G), path=PathLengthPenalty(decay=0.01))
 
 
-def lazy_adam(net, lr, every):
-    """Adam for a network whose penalty has an extra step of its own after every k = every steps, or never (None).
+def lazy_adam(net, lr, weight, every):
+    """Adam for a network whose penalty, unless its weight is 0, has an extra step of its own after every k = every.
 
     k + 1 steps then do the work of k: lr * c and beta ** c with c = k / (k + 1) make up for it (StyleGAN2, appendix B).
     """
-    c = every / (every + 1) if every else 1.0
+    c = every / (every + 1) if weight else 1.0
     return torch.optim.Adam(net.parameters(), lr=lr * c, betas=(0.0, 0.99**c), fused=True)
 
 
