@@ -1,4 +1,4 @@
-r"""Compresses BigGAN with DGL-GAN: the teacher's discriminator guides a narrow student (arXiv 2112.06502).
+"""Compresses BigGAN with DGL-GAN: the teacher's discriminator guides a narrow student (arXiv 2112.06502).
 
 The student generator G_S has two judges: its own discriminator D_S, trained with it, and the discriminator D_T of a
 trained teacher, frozen. Both know the class of an image. Stage 0 trains the teacher if none is given; stage 1 trains
@@ -9,13 +9,6 @@ the student pair from scratch as a plain BigGAN; stage 2 goes on from there with
     python train_biggan_dgl.py --data imagenet/train --teacher D.pth G_ema.pth         # the paper's: stages 1 and 2
     python train_biggan_dgl.py --data images.zip                                       # stages 0, 1 and 2
     torchrun --nproc_per_node 8 train_biggan_dgl.py --data imagenet/train --teacher D.pth G_ema.pth --batch-size 32
-    python train_biggan_dgl.py --out runs/biggan_dgl_train --resume
-
-CIFAR-10, as a folder for each class, with the settings of the released code:
-
-    python train_biggan_dgl.py --data cifar10 --size 32 --dim-z 128 --shared-dim 0 --no-hierarchical --attention 0 \
-        --init normal --sn-eps 1e-8 --adam-eps 1e-8 --batch-size 50 --accumulate 1 --d-steps 4 --lr 2e-4 --d-lr 2e-4 \
-        --student-d-ch 48 --ema-start 1000 --teacher-kimg 25000 --stage1-kimg 5000 --stage2-kimg 20000
 """
 
 import argparse

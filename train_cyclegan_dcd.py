@@ -8,7 +8,6 @@ learns together with both generators: a trained D_T would be too strong an oppon
     python train_cyclegan_dcd.py --toy                                    # no data needed, minutes on a laptop
     python train_cyclegan_dcd.py --data datasets/horse2zebra              # the paper's experiment
     torchrun --nproc_per_node 8 train_cyclegan_dcd.py --data datasets/horse2zebra
-    python train_cyclegan_dcd.py --out runs/cyclegan_dcd_horse2zebra --resume
 """
 
 import copy

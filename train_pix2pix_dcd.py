@@ -10,7 +10,6 @@ for the small student.
     python train_pix2pix_dcd.py --data datasets/edges2shoes               # the paper's experiment
     python train_pix2pix_dcd.py --data datasets/edges2shoes --teacher-arch unet_256 --student-arch unet_256
     torchrun --nproc_per_node 8 train_pix2pix_dcd.py --data datasets/edges2shoes
-    python train_pix2pix_dcd.py --out runs/pix2pix_dcd_edges2shoes --resume
 """
 
 import copy

@@ -9,7 +9,6 @@ it from the beginning training is unstable. With --student-width 1 --student-d-w
     python train_stylegan2_dgl.py --data ffhq/ --mirror --teacher stylegan2-ffhq-config-f.pkl   # the paper's experiment
     python train_stylegan2_dgl.py --data images.zip --size 256 --mirror              # stages 0, 1 and 2
     torchrun --nproc_per_node 8 train_stylegan2_dgl.py --data ffhq/ --mirror --teacher ffhq.pkl --batch-size 4
-    python train_stylegan2_dgl.py --out runs/stylegan2_dgl_ffhq --resume
 """
 
 import argparse
