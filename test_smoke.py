@@ -601,16 +601,17 @@ def test_first_step(name, data, vgg_file, tmp_path, batches):
 
 @dcd_scripts
 def test_ablations(name, data):
-    """D_T frozen; the teacher frozen; pixel by pixel."""
+    """D_T frozen; the teacher frozen; pixel by pixel, and without a moving average."""
     run(name, data, "still", "--max-steps 1 --lr 0")
     before, given = weights("still"), "--teacher still/checkpoint.pt --freeze-teacher"
     for out, options, frozen in (
         ("a", f"{given} --d-fakes none --lambda-dcd 0", {"teacher_G", "teacher_D", "distill_loss"}),
         ("b", f"{given} --lambda-gan 0", {"teacher_G"}),
-        ("c", "--distill pixel --lambda-gan 0", set()),
+        ("c", "--distill pixel --lambda-gan 0 --ema 0", set()),
     ):
         line = run(name, data, out, "--max-steps 1", options)[0]
         after = weights(out)
+        assert same(after["student_G"], after["student_G_ema"]) == (out == "c")
         networks = ("teacher_G", "teacher_D", "student_G", "distill_loss")
         assert {key for key in networks if same(before[key], after[key])} == frozen
         assert ("D_T" in line, "G_T_gan" in line) == ("teacher_D" not in frozen, "teacher_G" not in frozen)

@@ -107,15 +107,13 @@ def train(args, checkpoint):
         distill_loss = DCDLoss(student_G.tap_channels, teacher_G.tap_channels, 6, args.tap_size)
     else:
         distill_loss = PixelLoss(student_G.tap_channels, teacher_G.tap_channels)
-    networks["distill_loss"] = distill_loss  # for it holds the connectors
     perceptual_loss = None
     if args.lambda_style or args.lambda_feature:
         perceptual_loss = PerceptualLoss(args.vgg).to(device, memory_format=layout)
 
-    # The student's moving average, if there is one, is what is evaluated and shipped
-    shipped = student_G
-    if args.ema:
-        shipped = networks["student_G_ema"] = copy.deepcopy(student_G).requires_grad_(False)
+    # The student's moving average is what is evaluated and written to student.pt; distill_loss holds the connectors
+    student_G_ema = copy.deepcopy(student_G).requires_grad_(False)
+    networks |= dict(student_G_ema=student_G_ema, distill_loss=distill_loss)
     for net in networks.values():
         net.to(device, memory_format=layout)
     models.broadcast_weights(networks.values())
@@ -134,6 +132,7 @@ def train(args, checkpoint):
     epoch_steps = math.ceil(len(dataset) / global_batch)
     decay_steps = args.epochs_decay * epoch_steps
     schedule_steps = args.epochs * epoch_steps + decay_steps
+    ema_decay = 0.5 ** (global_batch / max(args.ema, 1e-8))
 
     # Resume, or begin; own is what each process has for itself
     torch.manual_seed(args.seed + rank)
@@ -153,7 +152,7 @@ def train(args, checkpoint):
         own = dict(losses=meter.state())
         record = dict(step=step, best=best, scores=scores)
         models.save_checkpoint(out / "checkpoint.pt", networks, optimizers, own, **record)
-        models.save(out / "student.pt", shipped)
+        models.save(out / "student.pt", student_G_ema)
 
     models.defer_signals()
     pace = models.Pace(global_batch, first_step, last_step)
@@ -216,8 +215,7 @@ def train(args, checkpoint):
                 meter.add(G_S_style=loss_style, G_S_feature=loss_feature)
         take_step(optimizer_S, loss_S)
         meter.add(G_S_gan=loss_gan, G_S_dcd=loss_dcd)
-        if args.ema:
-            update_ema(shipped, student_G, 0.5 ** (global_batch / args.ema))
+        update_ema(student_G_ema, student_G, ema_decay)
 
         # Log
         last = step == last_step
@@ -229,7 +227,7 @@ def train(args, checkpoint):
 
         # Samples
         if rank == 0 and args.sample_every and (step % args.sample_every == 0 or last):
-            save_samples(out / f"samples/{step:07d}.png", teacher_G, shipped, test_set)
+            save_samples(out / f"samples/{step:07d}.png", teacher_G, student_G_ema, test_set)
 
         # Save, before the evaluation, which takes long. After a signal stop here, without evaluating
         stop_signal = models.stop_asked()
@@ -242,17 +240,17 @@ def train(args, checkpoint):
         # Evaluate
         if due:
             with models.interruptible():
-                scores = evaluate(teacher_G, shipped, test_set, inception, args.workers, to_device)
+                scores = evaluate(teacher_G, student_G_ema, test_set, inception, args.workers, to_device)
             models.log(args, dict(step=step, evaluation=True) | scores)
             if scores.get("fid_student", math.inf) < best:
                 best = scores["fid_student"]
-                models.save(out / "best_student.pt", shipped)
+                models.save(out / "best_student.pt", student_G_ema)
             save(step)  # with the scores
             pace.restart(step)
 
     if rank == 0:
         image = torch.randn(1, 3, args.crop_size, args.crop_size, device=device)
-        calls = dict(teacher=(teacher_G, image), student=(shipped, image))
+        calls = dict(teacher=(teacher_G, image), student=(student_G_ema, image))
         models.write_summary(out, last_step, scores, calls)
 
 
