@@ -861,7 +861,7 @@ def load_file(path):
     Nothing in it is executed. Raises InputError when the file is missing, truncated, or holds anything else.
     """
     if not Path(path).is_file():
-        raise InputError(f"{path}: no such file")
+        raise InputError(f"{path}: is no file")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -1123,8 +1123,6 @@ def load_nvidia(path):
 
     Raises InputError when the file is missing, damaged or asks for anything else, and when g_ema and d are refused.
     """
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such file")
     try:
         with open(path, "rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of odd pickles, which are then read or refused

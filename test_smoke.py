@@ -325,7 +325,7 @@ def test_longer_training(name, data, finished, capsys):
     assert "args.json: would be overwritten" in refused(capsys, f"train_{name}", arguments(name, data, "run"))
     refusals = by_kind(
         name,
-        {"--seed 3": "the run has --seed 0, not 3"},
+        {"--seed 3": "the run has --seed 0, not 3", "--epochs 1": "has already been trained for 5 epochs"},
         {
             "--stage1-kimg 3": "--stage1-kimg 0.012, not 3",
             "--stage2-kimg 0.004": "stage 2 has already been longer than that",
@@ -479,7 +479,7 @@ models | {bad}/student.pt {bad}/gone out | No such file or directory
 models | {bad}/half.pt a b | half.pt: not a checkpoint of plain tensors, or damaged
 models | {bad}/config.pt a b | config.pt: no generator that can be built (TypeError
 models | {bad}/pickle.pt a b | it asks for 'posix.system', which no StyleGAN2 needs
-models | missing.pt a b | missing.pt: no such file
+models | missing.pt a b | missing.pt: is no file
 train_cyclegan_dcd | --teacher {bad}/five.pt | five.pt, read as teacher_G: does not fit this ResnetGenerator: 'int'
 train_cyclegan_dcd | --out {bad} | .pt: would be overwritten; choose another --out
 fid | {bad}/odd/train gone | gone: no such folder

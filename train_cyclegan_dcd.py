@@ -146,6 +146,8 @@ def train(args, checkpoint):
     if checkpoint:
         own = models.restore(checkpoint, networks, optimizers)
         first_step, best, scores = checkpoint["step"], checkpoint["best"], checkpoint["scores"]
+        if first_step > schedule_steps:
+            raise InputError(f"{out}: has already been trained for {first_step / epoch_steps:.3g} epochs")
     meter = Meter(own["losses"])
     pools = [ImagePool(args.pool_size, images) for images in own["pools"]]
     pool_B, pool_A, pool_S = pools

@@ -141,6 +141,8 @@ def train(args, checkpoint):
     if checkpoint:
         own = models.restore(checkpoint, networks, optimizers)
         first_step, best, scores = checkpoint["step"], checkpoint["best"], checkpoint["scores"]
+        if first_step > schedule_steps:
+            raise InputError(f"{out}: has already been trained for {first_step / epoch_steps:.3g} epochs")
     meter = Meter(own["losses"])
     last_step = max(first_step, min(schedule_steps, args.max_steps or schedule_steps))
     models.open_output(args, first_step)
