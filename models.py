@@ -38,7 +38,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
@@ -165,12 +165,10 @@ class UnetBlock(nn.Module):
         down = nn.Conv2d(outer, inner, 4, stride=2, padding=1)
         joined = 2 * inner if submodule else inner  # the inner level's, with what it was given
         up = nn.ConvTranspose2d(joined, outer, 4, stride=2, padding=1)
+        inside = [InstanceNorm(), submodule] if submodule else []
+        layers = [nn.LeakyReLU(0.2), down, *inside, nn.ReLU(), up, InstanceNorm()]
         if outermost:
             layers = [down, submodule, nn.ReLU(), up, nn.Tanh()]
-        elif submodule is None:
-            layers = [nn.LeakyReLU(0.2), down, nn.ReLU(), up, InstanceNorm()]
-        else:
-            layers = [nn.LeakyReLU(0.2), down, InstanceNorm(), submodule, nn.ReLU(), up, InstanceNorm()]
         self.model = nn.Sequential(*layers)
 
     def forward(self, x, conv_inputs):
@@ -262,20 +260,13 @@ def disable_autocast(x):
     return torch.autocast(x.device.type, enabled=False)
 
 
-class PixelNorm(nn.Module):
-    """Scales every latent to unit mean square."""
-
-    def forward(self, z):
-        return z * torch.rsqrt(z.square().mean(1, keepdim=True) + 1e-8)
-
-
 class EqualLinear(nn.Module):
     """Linear layer with equalised learning rate: weights of unit variance, scaled when used; always in float32."""
 
     def __init__(self, in_features, out_features, bias_init=0.0, lr_multiplier=1.0, activate=False):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(out_features, in_features) / lr_multiplier)
-        self.bias = nn.Parameter(torch.full((out_features,), float(bias_init)))
+        self.bias = nn.Parameter(torch.full((out_features,), bias_init))
         self.scale = lr_multiplier / math.sqrt(in_features)
         self.lr_multiplier = lr_multiplier
         self.activate = activate
@@ -432,7 +423,8 @@ class StyleGAN2Generator(nn.Module):
         channels = stylegan2_channels(size, channel_multiplier, width)
         self.style_dim = style_dim
         mapping = [EqualLinear(style_dim, style_dim, lr_multiplier=0.01, activate=True) for _ in range(n_mlp)]
-        self.style = nn.Sequential(PixelNorm(), *mapping)
+        pixel_norm = nn.RMSNorm(style_dim, eps=1e-8, elementwise_affine=False)
+        self.style = nn.Sequential(pixel_norm, *mapping)
         self.input = nn.ParameterDict(dict(input=torch.randn(1, channels[4], 4, 4)))
         self.conv1 = StyledConv(channels[4], channels[4], style_dim)
         self.to_rgb1 = ToRGB(channels[4], style_dim, upsample=False)
@@ -456,15 +448,13 @@ class StyleGAN2Generator(nn.Module):
         z = torch.randn(n_samples, self.style_dim, device=device)
         return self.style(z).mean(0, keepdim=True)
 
-    def mapping(self, z):
-        """z (N, style_dim), or a list of two, -> w for every layer, (N, n_latent, style_dim).
+    def mapping(self, *latents):
+        """One z (N, style_dim) or two -> w for every layer, (N, n_latent, style_dim).
 
         With two latents, layers from a random one on use the second: style mixing.
         """
-        mixes = not isinstance(z, torch.Tensor) and len(z) == 2
-        latents = z if isinstance(z, torch.Tensor) else torch.cat(list(z))
-        w = self.style(latents).unsqueeze(1).expand(-1, self.n_latent, -1)
-        if not mixes:
+        w = self.style(torch.cat(latents)).unsqueeze(1).expand(-1, self.n_latent, -1)
+        if len(latents) == 1:
             return w.contiguous()
         index = torch.randint(1, self.n_latent, ()).item()
         first, second = w.chunk(2)
@@ -472,62 +462,45 @@ class StyleGAN2Generator(nn.Module):
 
     def synthesis(self, latents, fixed_noise=False):
         """w (N, n_latent, style_dim) -> images (N, 3, size, size); fixed_noise: the buffers, not random numbers."""
-
-        def layer_noise(n):
-            buffer = self.noises.get_buffer(f"noise_{n}")
-            if fixed_noise:
-                return buffer
-            return torch.randn(len(latents), *buffer.shape[1:], dtype=buffer.dtype, device=buffer.device)
-
+        noises = list(self.noises.buffers())
+        if not fixed_noise:
+            noises = [torch.randn(len(latents), *noise.shape[1:], device=noise.device) for noise in noises]
         x = self.input.input.repeat(len(latents), 1, 1, 1)
         x = x.contiguous(memory_format=fast_layout(x.device))
-        x = self.conv1(x, latents[:, 0], layer_noise(0))
+        x = self.conv1(x, latents[:, 0], noises[0])
         image = self.to_rgb1(x, latents[:, 1])
         for i, to_rgb in enumerate(self.to_rgbs):
             n = 2 * i + 1  # the layer; its noise and its w have the same number
-            x = self.convs[n - 1](x, latents[:, n], layer_noise(n))
-            x = self.convs[n](x, latents[:, n + 1], layer_noise(n + 1))
+            x = self.convs[n - 1](x, latents[:, n], noises[n])
+            x = self.convs[n](x, latents[:, n + 1], noises[n + 1])
             image = to_rgb(x, latents[:, n + 2], image)
         return image
 
-    def forward(self, z, truncation=1.0, mean_latent=None, fixed_noise=False):
-        """Latents -> images (N, 3, size, size), trained towards [-1, 1] but not bounded.
+    def forward(self, z, fixed_noise=False):
+        """z (N, style_dim) from N(0, 1) -> images (N, 3, size, size), trained towards [-1, 1] but not bounded.
 
-        Args:
-            z: (N, style_dim) from N(0, 1), or a list of two for style mixing. For w see synthesis.
-            truncation: moves w towards mean_latent: mean + truncation * (w - mean).
-            fixed_noise: the same noise for all images, that of the buffers.
-
-        Raises ValueError for truncation without mean_latent.
+        fixed_noise: the same noise for all images, that of the buffers. For truncation move w = mapping(z) towards
+        mean_latent() and call synthesis, as draw_samples does.
         """
-        if truncation != 1 and mean_latent is None:
-            raise ValueError(f"truncation {truncation} needs mean_latent: pass generator.mean_latent()")
-        latents = self.mapping(z)
-        if truncation != 1:
-            latents = mean_latent + truncation * (latents - mean_latent)
-        return self.synthesis(latents, fixed_noise)
+        return self.synthesis(self.mapping(z), fixed_noise)
 
 
-def conv_layer(in_channels, out_channels, kernel_size, downsample=False, activate=True):
-    """Convolution of the discriminator; downsample filters first (1 3 3 1), then takes every second pixel."""
-    layers = []
-    if downsample and kernel_size == 1:  # the pixels that a strided 1x1 convolution would skip are not filtered at all
-        layers += [Blur(padding=1, stride=2), EqualConv2d(in_channels, out_channels, 1)]
-    elif downsample:
-        layers += [Blur(padding=2), EqualConv2d(in_channels, out_channels, kernel_size, stride=2)]
-    else:
-        layers += [EqualConv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2)]
-    if activate:
-        layers += [BiasLeakyReLU(out_channels)]
-    return nn.Sequential(*layers)
+def conv_layer(in_channels, out_channels, kernel_size):
+    """Convolution of the discriminator, bias and leaky ReLU."""
+    conv = EqualConv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
+    return nn.Sequential(conv, BiasLeakyReLU(out_channels))
 
 
 class ResidualDownBlock(nn.Module):
+    """Residual block that halves the side: both branches filter (1 3 3 1) before they take every second pixel."""
+
     def __init__(self, in_channels, out_channels):
         super().__init__()
         self.conv1 = conv_layer(in_channels, in_channels, 3)
-        self.conv2 = conv_layer(in_channels, out_channels, 3, downsample=True)
-        self.skip = conv_layer(in_channels, out_channels, 1, downsample=True, activate=False)
+        strided = EqualConv2d(in_channels, out_channels, 3, stride=2)
+        self.conv2 = nn.Sequential(Blur(padding=2), strided, BiasLeakyReLU(out_channels))
+        # The pixels that a strided 1x1 convolution would skip are not filtered at all
+        self.skip = nn.Sequential(Blur(padding=1, stride=2), EqualConv2d(in_channels, out_channels, 1))
 
     def forward(self, x):
         return (self.conv2(self.conv1(x)) + self.skip(x)) / math.sqrt(2)
@@ -856,19 +829,21 @@ def write_atomically(path, write):
 
 
 def load_file(path):
-    """Reads a checkpoint: a dictionary of tensors, containers, numbers, strings and argparse.Namespace.
+    """Reads a checkpoint: a dictionary of tensors, containers, numbers, strings and argparse.Namespace; .pkl: NVIDIA's.
 
     Nothing in it is executed. Raises InputError when the file is missing, truncated, or holds anything else.
     """
     if not Path(path).is_file():
         raise InputError(f"{path}: is no file")
+    if Path(path).suffix == ".pkl":
+        return {name: pack(net) for name, net in load_nvidia(path).items()}
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises nearly anything on a file of another kind
         problem = f"not a checkpoint of plain tensors, or damaged ({type(error).__name__})"
         raise InputError(f"{path}: {problem}; nothing in it was run") from error
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+    if not isinstance(content, dict):
         raise InputError(f"{path}: expected a checkpoint, names to tensors, found {type(content).__name__}")
     return content
 
@@ -891,19 +866,16 @@ def pack(net):
     return dict(network=type(net).__name__, config=config, state_dict=state_dict, facts=facts)
 
 
-def adapt_reference_keys(state_dict, own):
-    """Renames what the reference implementations' checkpoints spell differently from own, the network's state dict.
+def adapt_reference_keys(state_dict):
+    """Renames what the reference implementations' checkpoints spell differently.
 
     Three things: a "module." in front of every key (DataParallel), running statistics of instance norms (CycleGAN
     before 2018), and residual blocks without the dropout slot, where the second convolution is layer 5 and not 6.
     """
-    no_dropout = any(".conv_block.5." in key for key in state_dict)
     adapted = {}
     for key, value in state_dict.items():
-        name = key.removeprefix("module.")
-        if no_dropout:
-            name = re.sub(r"(?<=\.conv_block\.)[56](?=\.)", lambda match: str(int(match[0]) + 1), name)
-        if name in own or not name.endswith(("running_mean", "running_var", "num_batches_tracked")):
+        name = key.removeprefix("module.").replace(".conv_block.5.", ".conv_block.6.")
+        if not name.endswith(("running_mean", "running_var", "num_batches_tracked")):
             adapted[name] = value
     return adapted
 
@@ -928,10 +900,9 @@ def load_weights(net, record, source):
     try:
         if config and config != net.config:
             training = net.training
-            with torch.random.fork_rng(devices=[]):
-                net.__init__(**config)  # anew, in place and on the CPU
+            net.__init__(**config)  # anew, in place and on the CPU
             net.train(training)
-        net.load_state_dict(adapt_reference_keys(record.get("state_dict", record), net.state_dict()))
+        net.load_state_dict(adapt_reference_keys(record.get("state_dict", record)))
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:  # of a RuntimeError the first line says less
         reason = textwrap.shorten(str(error).partition("\n")[2] or str(error), 200)
         raise InputError(f"{source}: does not fit this {name}: {reason}") from error
@@ -939,30 +910,24 @@ def load_weights(net, record, source):
 
 def load_networks(networks, records):
     """Loads those of the networks (name to module) that records (name to what load_weights takes) holds."""
-    for name in networks.keys() & records.keys():
-        source = records[name].get("source", f"the weights of {name}")
-        load_weights(networks[name], records[name], source)
+    for name, net in networks.items():
+        if name in records:
+            source = records[name].get("source", f"the weights of {name}")
+            load_weights(net, records[name], source)
 
 
 def read_networks(paths, names):
     """Reads trained networks -> {name: what load_weights takes, and its source}, those of the names that there are.
 
     paths: a file for each of the names, in order; or one that has them by name: DCD's checkpoint.pt, a pair
-    {g, d, g_ema} of ours or of rosinality's, NVIDIA's, of which it prints what they say; or None.
+    {g, d, g_ema} of ours or of rosinality's, NVIDIA's; or None.
     Raises InputError where there are none, or more files than names.
     """
     if not paths:
         return {}
-    by_name = is_nvidia_pickle(paths[0])
-    if by_name:
-        content = load_nvidia(paths[0])
-        for note in content.pop("notes"):
-            say(f"{paths[0]}: {note}")
-        content = {name: pack(net) for name, net in content.items()}
-    else:
-        files = [load_file(path) for path in paths]
-        content = files[0].get("networks", files[0])
-        by_name = "networks" in files[0] or not content.keys().isdisjoint(names)
+    files = [load_file(path) for path in paths]
+    content = files[0].get("networks", files[0])
+    by_name = "networks" in files[0] or not content.keys().isdisjoint(names)
     if not by_name:
         content = dict(zip(names, files, strict=False))
     records = {}
@@ -1101,37 +1066,29 @@ NVIDIA_OPTIONS = {  # what another value than ours makes of a network: what it i
 }
 
 
-def is_nvidia_pickle(path):
-    """Whether the file is a plain pickle, as NVIDIA's are: it begins as neither a zip nor one of torch's."""
-    if not Path(path).is_file():
-        return False
-    with open(path, "rb") as file:
-        start = file.read(32)
-    return start[:1] == b"\x80" and torch.serialization.MAGIC_NUMBER.to_bytes(10, "little") not in start
-
-
 def load_nvidia(path):
     """Reads NVIDIA's pickle of a StyleGAN2: stylegan2-ada-pytorch's, TensorFlow's, stylegan3's (of a StyleGAN3 its D).
 
     Nothing that the file names is called, and no source text in it is run: see unpickle_nvidia.
 
-    Returns a dict of
-        g, d, g_ema: our networks with the file's configuration and weights, in eval mode, but for those refused;
-            g_ema.facts has latent_avg, the centre of truncation;
-        notes: a line for each network, its configuration or why it is refused; one for what had to be assumed; and if
-            D's images were augmented, or mirrored, one for each.
+    Returns a dict of g, d, g_ema: our networks with the file's configuration and weights, in eval mode, but for those
+    refused; g_ema.facts has latent_avg, the centre of truncation. Prints a line for each network, its configuration or
+    why it is refused; one for what had to be assumed; and if D's images were augmented, or mirrored, one for each.
 
     Raises InputError when the file is missing, damaged or asks for anything else, and when g_ema and d are refused.
     """
     try:
         with open(path, "rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of odd pickles, which are then read or refused
-            return convert_nvidia(unpickle_nvidia(file))
+            networks, notes = convert_nvidia(unpickle_nvidia(file))
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     except Exception as error:  # an unpickler raises nearly anything on damaged bytes
         found = f"damaged, or not a StyleGAN2 of NVIDIA's ({type(error).__name__})"
         raise InputError(f"{path}: {found}; nothing in it was run; copy it again") from error
+    for note in notes:
+        say(f"{path}: {note}")
+    return networks
 
 
 def unpickle_nvidia(file):
@@ -1202,7 +1159,7 @@ def read_numbers(dtype, data):
 
 
 def convert_nvidia(content):
-    """What unpickle_nvidia read -> what load_nvidia returns; InputError when both G_ema and D are refused."""
+    """What unpickle_nvidia read -> networks and notes of load_nvidia; InputError when both G_ema and D are refused."""
     roles, networks, notes = ("G", "D", "G_ema"), {}, []
     if isinstance(content, tuple):
         stored = {role: flatten_tensorflow(network) for role, network in zip(roles, content, strict=True)}
@@ -1231,7 +1188,7 @@ def convert_nvidia(content):
         raise InputError("; ".join(notes) + "; give an unconditional StyleGAN2 of configuration e or f")
     if "g_ema" in networks and "mapping.w_avg" in stored["G_ema"]:
         networks["g_ema"].facts = dict(latent_avg=stored["G_ema"]["mapping.w_avg"].float()[None])
-    return networks | dict(notes=notes)
+    return networks, notes
 
 
 def flatten_module(state, prefix=""):
@@ -1770,7 +1727,7 @@ def save_grid(path, blocks, columns=1):
         grid = to_image(make_grid(images.float(), nrow=columns, pad_value=-1))
         labelled = Image.new("RGB", (grid.width, grid.height + 16), "white")
         labelled.paste(grid, (0, 16))
-        ImageDraw.Draw(labelled).text((2, 8), name, "black", ImageFont.load_default(10), anchor="lm")
+        ImageDraw.Draw(labelled).text((2, 2), name, "black")
         pictures.append(np.asarray(labelled))
     axis = 1 if columns == 1 else 0
     picture = Image.fromarray(np.concatenate(pictures, axis))
@@ -1785,8 +1742,7 @@ def translate(net, image):
     """
     pixels = np.asarray(image)
     height, width = pixels.shape[:2]
-    # Maps of less than 4x4, of images of 16x16, cannot be padded inside the network
-    below, right = (max(-side % net.size_multiple, 16 - side) for side in (height, width))
+    below, right = -height % net.size_multiple, -width % net.size_multiple
     pixels = np.pad(pixels, ((0, below), (0, right), (0, 0)), mode="reflect")
     device = next(net.parameters()).device
     x = torch.from_numpy(pixels).to(device).permute(2, 0, 1)[None] / 127.5 - 1
@@ -1809,16 +1765,15 @@ def translate_folder(net, source, target, size=None, pairs=False):
     Skips pictures that cannot be read, are too large for the memory, or differ from another in their ending alone, with
     a line on stderr. Raises InputError if that is all of them.
     """
-    source, target = Path(source), Path(target)
     size = net.facts.get("size", 0) if size is None else size
     if size:
         print(f"shorter sides of {size} pixels; --size 0: as they are")
     else:
         print("pictures keep their size; see --size")
-    known, root, paths = Image.registered_extensions(), source.parent, [source]
+    root, paths = source.parent, [source]
     if source.is_dir():
-        paths = [path for path in sorted(source.rglob("*")) if path.suffix.lower() in known]
-        root, paths = source, [path for path in paths if "/." not in f"/{path.relative_to(source).as_posix()}"]
+        known = Image.registered_extensions()
+        root, paths = source, [path for path in sorted(source.rglob("*")) if path.suffix.lower() in known]
     count = 0
     for path in paths:
         place = (target / path.relative_to(root)).with_suffix(".png")
@@ -1859,9 +1814,8 @@ def draw_samples(net, target, count, truncation, seed, label=None):
         label: BigGAN's class, a number; None: they take turns.
     """
     n_classes = net.config.get("n_classes", 0)
-    if label is not None and not 0 <= label < n_classes:
+    if label is not None and label >= n_classes:
         raise InputError(f"--class {label}: the network has {n_classes} classes, numbered from 0")
-    target = Path(target)
     target.mkdir(parents=True)
     device = next(net.parameters()).device
     torch.manual_seed(seed)
@@ -1873,12 +1827,12 @@ def draw_samples(net, target, count, truncation, seed, label=None):
             y = n % n_classes if label is None else label
             image = net(z.to(device), torch.tensor([y], device=device))[0]
         else:
-            image = net(torch.randn(1, net.style_dim, generator=generator).to(device), truncation, center)[0]
+            z = torch.randn(1, net.style_dim, generator=generator)
+            w = net.mapping(z.to(device))
+            image = net.synthesis(center.lerp(w, truncation))[0]
         path = target / f"{n:05d}.png"
         to_image(image).save(path)
         print(path)
-    if label is not None and "classes" in net.facts:
-        print(f"class {label}: {net.facts['classes'][label]}")
 
 
 def published_conv_flops(_x_shape, w_shape, *_, out_shape, **__):
@@ -1920,8 +1874,6 @@ def write_summary(out, step, scores, calls):
     """
     costs = {name: measure_cost(name, *call) for name, call in calls.items()}
     write_json(out / "summary.json", dict(steps=step, scores=scores) | costs)
-    for name, value in scores.items():
-        print(f"{name} {value:.4g}")
     print(f"generators, checkpoint.pt, samples/: in {out}")
 
 
@@ -1958,7 +1910,7 @@ def use(args):
     if draws:
         draw_samples(net, target, args.count, args.truncation, args.seed, args.label)
     else:
-        translate_folder(net, args.paths[0], target, args.size, args.pairs)
+        translate_folder(net, Path(args.paths[0]), target, args.size, args.pairs)
 
 
 def main(argv=None):

@@ -292,7 +292,7 @@ def draw_images(G, n, style_mixing):
     """
     count = 1 + int(torch.rand(()) < style_mixing)
     z = torch.randn(count, n, G.style_dim, device=next(G.parameters()).device)
-    w = G.mapping(z.unbind())
+    w = G.mapping(*z)
     return G.synthesis(w), w
 
 
