@@ -54,13 +54,6 @@ def arguments(scope):
     return {name: value for name, value in scope.items() if name not in ("self", "__class__")}
 
 
-def set_attributes(net, classes, **attributes):
-    """Gives every layer of these classes the same attributes."""
-    for module in net.modules():
-        if isinstance(module, classes):
-            vars(module).update(attributes)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Image-to-image generators and the PatchGAN discriminator (CycleGAN, Pix2Pix, DCD)
 
@@ -256,6 +249,13 @@ def init_weights(net, std=0.02):
 # StyleGAN2 (Karras et al., arXiv 1912.04958), in stock operations
 
 
+def set_clamp(net, clamp):
+    """Gives every layer that has a limit this one."""
+    for module in net.modules():
+        if hasattr(module, "clamp"):
+            module.clamp = clamp
+
+
 def disable_autocast(x):
     return torch.autocast(x.device.type, enabled=False)
 
@@ -438,7 +438,7 @@ class StyleGAN2Generator(nn.Module):
             for n in (2 * i + 1, 2 * i + 2):
                 self.noises.register_buffer(f"noise_{n}", torch.randn(1, 1, resolution, resolution))
         self.n_latent = len(self.convs) + 2
-        set_attributes(self, (BiasLeakyReLU, ToRGB), clamp=conv_clamp)
+        set_clamp(self, conv_clamp)
 
     def mean_latent(self, n_samples=4096):
         """Mean of w, (1, style_dim), the centre of truncation: the file's own, or over n_samples random z."""
@@ -528,7 +528,7 @@ class StyleGAN2Discriminator(nn.Module):
         self.final_linear = nn.Sequential(
             EqualLinear(channels[4] * 16, channels[4], activate=True), EqualLinear(channels[4], 1)
         )
-        set_attributes(self, BiasLeakyReLU, clamp=conv_clamp)
+        set_clamp(self, conv_clamp)
 
     def forward(self, images):
         """(N, 3, size, size) -> logits (N, 1), float32.
@@ -559,8 +559,6 @@ class SpectralLayer(nn.Module):
     stores the step's u in u0 and the norm in sv0. The gradient passes through the norm, but not through u and v.
     """
 
-    eps = 1e-6
-
     def __init__(self, *shape, bias=True):
         super().__init__()
         bound = 1 / math.sqrt(math.prod(shape[1:]))
@@ -576,9 +574,9 @@ class SpectralLayer(nn.Module):
         matrix = (weight if weight.is_contiguous() else weight.movedim(1, -1)).flatten(1)
         with disable_autocast(weight):
             with torch.no_grad():
-                v = F.normalize(torch.mv(matrix.t(), self.u0[0]), dim=0, eps=self.eps)
+                v = F.normalize(torch.mv(matrix.t(), self.u0[0]), dim=0)
             product = torch.mv(matrix, v)
-            u = F.normalize(product.detach(), dim=0, eps=self.eps)
+            u = F.normalize(product.detach(), dim=0)
             sigma = torch.dot(product, u)
             if self.training:
                 self.u0.copy_(u)
@@ -712,16 +710,13 @@ class BigGANGenerator(nn.Module):
         shared_dim: length of the class embedding that all norms share; None: a table of classes in every norm (CIFAR).
         hierarchical: z is cut into equal chunks, the first for the 4x4 start and one for each block.
         attention: side of the maps that an attention layer reads; none for a side that no block has, and for None.
-        sn_eps: epsilon of the spectral norm: 1e-6 for ImageNet, 1e-8 for CIFAR in the released scripts.
 
     Raises ValueError for another size, InputError for hierarchical without a shared embedding to join the chunks to.
     """
 
     facts = {}
 
-    def __init__(
-        self, size, ch=96, n_classes=1000, dim_z=120, shared_dim=128, hierarchical=True, attention=64, sn_eps=1e-6
-    ):
+    def __init__(self, size, ch=96, n_classes=1000, dim_z=120, shared_dim=128, hierarchical=True, attention=64):
         super().__init__()
         self.config = arguments(locals())
         if hierarchical and not shared_dim:
@@ -747,7 +742,6 @@ class BigGANGenerator(nn.Module):
         self.output_layer = nn.Sequential(
             OutputBatchNorm(widths[-1]), nn.ReLU(inplace=True), SpectralLayer(3, widths[-1], 3, 3)
         )
-        set_attributes(self, SpectralLayer, eps=sn_eps)
 
     def forward(self, z, y):
         """Latents z (N, dim_z) from N(0, 1) and classes y -> images (N, 3, size, size) in [-1, 1], in z's type.
@@ -770,7 +764,7 @@ class BigGANGenerator(nn.Module):
 class BigGANDiscriminator(nn.Module):
     """The projection discriminator of BigGAN; arguments as BigGANGenerator's."""
 
-    def __init__(self, size, ch=96, n_classes=1000, attention=64, sn_eps=1e-6):
+    def __init__(self, size, ch=96, n_classes=1000, attention=64):
         super().__init__()
         self.config = arguments(locals())
         _, widths = biggan_channels(size, ch)
@@ -783,7 +777,6 @@ class BigGANDiscriminator(nn.Module):
             self.blocks.append(nn.Sequential(*layers))
         self.linear = SpectralLayer(1, widths[-1])
         self.embed = SpectralLayer(n_classes, widths[-1], bias=False)  # one row a class
-        set_attributes(self, SpectralLayer, eps=sn_eps)
 
     def forward(self, images, labels):
         """(N, 3, size, size) in [-1, 1] and their classes (N,) -> logits (N, 1), in the type of the weights."""
@@ -1073,7 +1066,7 @@ def load_nvidia(path):
 
     Returns a dict of g, d, g_ema: our networks with the file's configuration and weights, in eval mode, but for those
     refused; g_ema.facts has latent_avg, the centre of truncation. Prints a line for each network, its configuration or
-    why it is refused; one for what had to be assumed; and if D's images were augmented, or mirrored, one for each.
+    why it is refused, and one for what had to be assumed.
 
     Raises InputError when the file is missing, damaged or asks for anything else, and when g_ema and d are refused.
     """
@@ -1166,15 +1159,9 @@ def convert_nvidia(content):
         unsaid = "mbstd_group_size" not in stored["D"]
     else:
         stored = {role: flatten_module(content[role]) for role in roles if content.get(role)}
-        training = content.get("training_set_kwargs")
-        augment = flatten_module(content["augment_pipe"]) if content.get("augment_pipe") else {}
-        if augment.get("p"):
-            p = augment["p"].item()
-            notes.append(f"D learnt from images augmented with probability {p:.3g}, it is given clean ones")
-        if training and training.get("xflip"):
-            notes.append("trained on mirrored images too, use --mirror")
         # A file that was converted from TensorFlow's has no training set, and None for groups that were left unsaid
-        unsaid = training is None and "D" in stored and stored["D"].get("b4.mbstd.group_size", 4) is None
+        converted = content.get("training_set_kwargs") is None
+        unsaid = converted and "D" in stored and stored["D"].get("b4.mbstd.group_size", 4) is None
     if unsaid:
         stored["D"]["b4.mbstd.group_size"] = 4
         notes.append("D: mbstd_group 4 is assumed, the original StyleGAN2's: the file does not say")
@@ -1443,7 +1430,7 @@ def parse_run(parser, argv, name, toy, budgets):
     given = parser.parse_args(argv)
     if not (given.data or given.toy or given.resume):
         raise InputError("--data is missing; --toy needs none")
-    source = Path(given.data).resolve().stem if given.data else "toy"
+    source = Path(given.data).resolve().name.removesuffix(".zip") if given.data else "toy"
     out = Path(given.out or f"runs/{name}_{source}")
     defaults, checkpoint = {}, None
     taken = [*out.glob("args.json"), *out.glob("*.pt")]

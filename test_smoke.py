@@ -1356,9 +1356,8 @@ def write_pytorch(networks, **content):
     clamp, group = D.config["conv_clamp"], D.config["mbstd_group"]
     G, D = Module(pytorch_weights(G), c_dim=0, conv_clamp=clamp), Module(pytorch_weights(D), c_dim=0, conv_clamp=clamp)
     D.state["_modules"]["b4"].state["_modules"]["mbstd"] = Module(group_size=group)
-    others = dict(augment_pipe=Module(dict(p=torch.tensor(0.25))), training_set_kwargs=dict(xflip=True))
     with open("network.pkl", "wb") as file:
-        pickle.dump(dict(G=G, D=D, G_ema=G) | others | content, file)
+        pickle.dump(dict(G=G, D=D, G_ema=G, training_set_kwargs={}) | content, file)
 
 
 def write_tensorflow(networks):

@@ -57,7 +57,6 @@ def parse_args(argv):
     option("--hierarchical", action=argparse.BooleanOptionalAction, default=True, help="every block gets a part of z")
     option("--attention", type=int, choices=(0, 16, 32, 64, 128), default=64, help="side of maps with attention, or 0")
     option("--init", choices=("orthogonal", "normal"), default="orthogonal", help="of the weights; normal: N(0, 0.02)")
-    number("--sn-eps", 1e-6, "epsilon of the spectral norm")
     option, number = models.add_section(parser, "method")
     number("--teacher-kimg", 280000.0, "stage 0, thousand real images; 0 with --teacher")
     number("--stage1-kimg", 280000.0, "stage 1, thousand real images; 0 with --student")
@@ -267,10 +266,9 @@ def train(args, checkpoint):
 
 
 def build_pair(args, g_ch, d_ch, classes):
-    shape = dict(attention=args.attention or None, sn_eps=args.sn_eps)
-    latent = dict(dim_z=args.dim_z, shared_dim=args.shared_dim or None, hierarchical=args.hierarchical)
-    G = BigGANGenerator(args.size, g_ch, len(classes), **latent, **shape)
-    D = BigGANDiscriminator(args.size, d_ch, len(classes), **shape)
+    attention, shared_dim = args.attention or None, args.shared_dim or None
+    G = BigGANGenerator(args.size, g_ch, len(classes), args.dim_z, shared_dim, args.hierarchical, attention)
+    D = BigGANDiscriminator(args.size, d_ch, len(classes), attention)
     for net in (G, D):
         init_biggan(net, args.init == "orthogonal")
         net.facts = dict(classes=classes)  # stored with the weights
@@ -392,7 +390,7 @@ class LabelledImages(Dataset):
 
 
 # What --toy changes; any flag on the command line wins over it.
-TOY = dict(size=32, teacher_ch=6, student_ch=4, student_d_ch=6, dim_z=32, shared_dim=16, attention=0, sn_eps=1e-8)
+TOY = dict(size=32, teacher_ch=6, student_ch=4, student_d_ch=6, dim_z=32, shared_dim=16, attention=0)
 TOY |= dict(teacher_kimg=5.6, stage1_kimg=6.4, stage2_kimg=1.6, batch_size=16, accumulate=1, lr=1.2e-3, d_lr=1.2e-3)
 TOY |= dict(adam_eps=1e-8, ema_decay=0.98, ema_start=50, inception="none", eval_every=0, workers=0)
 TOY |= dict(log_every=50, sample_every=200, save_every=500)
