@@ -973,12 +973,10 @@ def read_given(args):
     network that is needed: of a teacher D, of a student D, G and its average.
     """
     records = {}
-    needed = dict(teacher=["d"], student=["d", "g_ema", "g"])
-    useful = dict(teacher=["g_ema"], student=["path"])
-    for role in needed:
-        pair = read_networks(getattr(args, role), needed[role] + useful[role])
-        for name in needed[role]:
-            if getattr(args, role) and name not in pair:
+    for role, needed, useful in (("teacher", ["d"], "g_ema"), ("student", ["d", "g_ema", "g"], "path")):
+        pair = read_networks(getattr(args, role), [*needed, useful])
+        for name in needed:
+            if pair and name not in pair:
                 raise InputError(f"--{role}: has no {name!r}, expected the networks g, d and g_ema")
         for name, record in pair.items():
             config = record.get("config", {})

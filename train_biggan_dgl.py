@@ -86,7 +86,7 @@ def parse_args(argv):
 
 def train(args, checkpoint):
     device = fid.pick_device(args.device)
-    rank, world = models.start_processes(device, args.amp)
+    rank, world = models.start_processes(device, args.amp, one_thread=args.toy)
     out = Path(args.out)
     bf16 = args.amp == "bf16" or (args.amp == "auto" and models.has_bf16(device))
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
