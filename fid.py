@@ -423,11 +423,15 @@ def refuse_32_bits(image):
 
 
 def find_files(folder, above=()):
-    """Return the paths of all files below a folder but those that start with a dot; links count, but not circles."""
+    """Return the paths of all files below a folder; links are followed, but not in circles.
+
+    Without what starts with a dot, and without samples/ beside an args.json, which a training run wrote.
+    """
     above = (*above, os.path.realpath(folder))
+    of_run = os.path.exists(f"{folder}/args.json")
     paths = []
     for entry in os.scandir(folder):
-        if entry.name.startswith("."):
+        if entry.name.startswith(".") or (of_run and entry.name == "samples"):
             continue
         if not entry.is_dir():
             paths.append(entry.path)
@@ -467,7 +471,7 @@ class ImageFiles:
             raise InputError(f"{source}: no such folder, and no whole .zip")
         self.names = sorted(name for name in names if name.lower().endswith(EXTENSIONS))
         if not self.names:
-            raise InputError(f"{source}: no images in it, files that end in {' '.join(EXTENSIONS)}")
+            raise InputError(f"{source}: holds no images, files that end in {' '.join(EXTENSIONS)}")
 
     def __str__(self):
         return f"{self.source}: {len(self)} images"
@@ -607,7 +611,8 @@ def parse_args(argv):
     option("--is", dest="score", action="store_true", help="also the Inception Score of A (in 10 parts)")
     option("--size", type=int, help="first resize the images to SIZE x SIZE, as the training scripts do")
     option("--batch-size", type=int, default=50, help="images per forward pass (%(default)s)")
-    option("--workers", type=int, default=4, help="processes that decode images (%(default)s)")
+    workers = min(4, os.cpu_count() or 1)
+    option("--workers", type=int, default=workers, help="processes that decode images (%(default)s)")
     option("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1 ...")
     option("--weights", "--inception", default="auto", help="auto (torch hub's cache, else download), or a path")
     option("--json", action="store_true", help="print one line of JSON")

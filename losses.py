@@ -96,7 +96,7 @@ class DCDLoss(nn.Module):
 class PixelLoss(nn.Module):
     """Plain feature matching, what DCD argues against: sum_i mean | c_i(f_i^S) - f_i^T |, pixel by pixel.
 
-    c_i: a trained 1x1 convolution from the student's channels to the teacher's. Called as DCDLoss is, without phi.
+    c_i: a trained 1x1 convolution from the student's channels to the teacher's. Called as DCDLoss is; phi has no part.
     """
 
     def __init__(self, student_channels, teacher_channels):
@@ -104,7 +104,7 @@ class PixelLoss(nn.Module):
         channels = zip(student_channels, teacher_channels, strict=True)
         self.student_connectors = nn.ModuleList(nn.Conv2d(narrow, wide, 1) for narrow, wide in channels)
 
-    def forward(self, student_taps, teacher_taps, _phi=None):
+    def forward(self, student_taps, teacher_taps, phi=None):
         loss = 0.0
         for connector, student_tap, teacher_tap in zip(
             self.student_connectors, student_taps, teacher_taps, strict=True

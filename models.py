@@ -156,7 +156,7 @@ class UnetBlock(nn.Module):
         super().__init__()
         self.outermost = outermost
         down = nn.Conv2d(outer, inner, 4, stride=2, padding=1)
-        joined = 2 * inner if submodule else inner  # the inner level's, with what it was given
+        joined = 2 * inner if submodule else inner  # an inner level returns its input beside its output
         up = nn.ConvTranspose2d(joined, outer, 4, stride=2, padding=1)
         inside = [InstanceNorm(), submodule] if submodule else []
         layers = [nn.LeakyReLU(0.2), down, *inside, nn.ReLU(), up, InstanceNorm()]
@@ -250,7 +250,7 @@ def init_weights(net, std=0.02):
 
 
 def set_clamp(net, clamp):
-    """Gives every layer that has a limit this one."""
+    """Sets the limit of every layer that can have one."""
     for module in net.modules():
         if hasattr(module, "clamp"):
             module.clamp = clamp
@@ -827,15 +827,15 @@ def load_file(path):
     Nothing in it is executed. Raises InputError when the file is missing, truncated, or holds anything else.
     """
     if not Path(path).is_file():
-        raise InputError(f"{path}: is no file")
-    if Path(path).suffix == ".pkl":
+        raise InputError(f"{path}: not a file")
+    if Path(path).suffix.lower() == ".pkl":
         return {name: pack(net) for name, net in load_nvidia(path).items()}
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises nearly anything on a file of another kind
         problem = f"not a checkpoint of plain tensors, or damaged ({type(error).__name__})"
-        raise InputError(f"{path}: {problem}; nothing in it was run") from error
+        raise InputError(f"{path}: {problem}; nothing in it was run; NVIDIA's files end in .pkl") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected a checkpoint, names to tensors, found {type(content).__name__}")
     return content
@@ -920,7 +920,7 @@ def read_networks(paths, names):
         return {}
     files = [load_file(path) for path in paths]
     content = files[0].get("networks", files[0])
-    by_name = "networks" in files[0] or not content.keys().isdisjoint(names)
+    by_name = "networks" in files[0] or not content.keys().isdisjoint([*names, "g", "d"])
     if not by_name:
         content = dict(zip(names, files, strict=False))
     records = {}
@@ -1307,7 +1307,7 @@ def broadcast_weights(networks):
                 dist.broadcast(tensor, 0)
 
 
-def start_processes(device, amp, one_thread=False):
+def start_processes(device, amp, one_thread):
     """Joins the process group that torchrun describes, if any, and tunes torch to the device -> (rank, processes).
 
     amp "off" is true float32: no TF32 either.
@@ -1721,7 +1721,7 @@ def save_grid(path, blocks, columns=1):
 
 @torch.inference_mode()
 def translate(net, image):
-    """One RGB PIL image of any size -> its translation, a PIL image of the same size.
+    """One RGB PIL image, of 5 pixels or more on each side -> its translation, a PIL image of the same size.
 
     The sides are padded by reflection to what the generator can halve, and the padding is cut off again.
     """
@@ -1750,6 +1750,7 @@ def translate_folder(net, source, target, size=None, pairs=False):
     Skips pictures that cannot be read, are too large for the memory, or differ from another in their ending alone, with
     a line on stderr. Raises InputError if that is all of them.
     """
+    source, target = Path(source), Path(target)
     size = net.facts.get("size", 0) if size is None else size
     if size:
         print(f"shorter sides of {size} pixels; --size 0: as they are")
@@ -1758,7 +1759,7 @@ def translate_folder(net, source, target, size=None, pairs=False):
     root, paths = source.parent, [source]
     if source.is_dir():
         known = Image.registered_extensions()
-        root, paths = source, [path for path in sorted(source.rglob("*")) if path.suffix.lower() in known]
+        root, paths = source, [path for path in sorted(source.rglob("[!.]*")) if path.suffix.lower() in known]
     count = 0
     for path in paths:
         place = (target / path.relative_to(root)).with_suffix(".png")
@@ -1801,6 +1802,7 @@ def draw_samples(net, target, count, truncation, seed, label=None):
     n_classes = net.config.get("n_classes", 0)
     if label is not None and label >= n_classes:
         raise InputError(f"--class {label}: the network has {n_classes} classes, numbered from 0")
+    target = Path(target)
     target.mkdir(parents=True)
     device = next(net.parameters()).device
     torch.manual_seed(seed)
@@ -1853,7 +1855,7 @@ def measure_cost(name, net, *inputs):
 
 
 def write_summary(out, step, scores, calls):
-    """Prints, and writes to summary.json in the folder out, a run's last scores and what its networks cost.
+    """Writes to summary.json in the folder out a run's last scores and what its networks cost, which it prints.
 
     calls: name to (network, input, ..), what is called once.
     """
@@ -1895,7 +1897,7 @@ def use(args):
     if draws:
         draw_samples(net, target, args.count, args.truncation, args.seed, args.label)
     else:
-        translate_folder(net, Path(args.paths[0]), target, args.size, args.pairs)
+        translate_folder(net, args.paths[0], target, args.size, args.pairs)
 
 
 def main(argv=None):

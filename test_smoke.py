@@ -1,7 +1,7 @@
 """Everything that can be checked in three minutes on a CPU: python -m pytest test_smoke.py
 
 The training scripts end to end on tiny data, the method against the papers' formulas, the networks against the
-reference implementations (keys, shapes, recorded outputs), losses, hostile files, the commands, README's snippets.
+reference implementations (keys, shapes, recorded outputs), losses, hostile files, commands, the documents' snippets.
 """
 
 import argparse
@@ -479,7 +479,7 @@ models | {bad}/student.pt {bad}/gone out | No such file or directory
 models | {bad}/half.pt a b | half.pt: not a checkpoint of plain tensors, or damaged
 models | {bad}/config.pt a b | config.pt: no generator that can be built (TypeError
 models | {bad}/pickle.pkl a b | it asks for 'posix.system', which no StyleGAN2 needs
-models | missing.pt a b | missing.pt: is no file
+models | missing.pt a b | missing.pt: not a file
 train_cyclegan_dcd | --teacher {bad}/five.pt | five.pt, read as teacher_G: does not fit this ResnetGenerator: 'int'
 train_cyclegan_dcd | --out {bad} | .pt: would be overwritten; choose another --out
 fid | {bad}/odd/train gone | gone: no such folder
@@ -987,7 +987,7 @@ def test_weights_are_downloaded(network, server, inception_file, vgg_file, tmp_p
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# models.py as a command, and README's snippets
+# models.py as a command, and the documents' snippets
 
 
 def test_a_folder_is_translated():
@@ -1048,7 +1048,7 @@ def snippet(start):
     return next(block for block in blocks if block.startswith(start))
 
 
-def test_readmes_pairs():
+def test_recipe_for_pairs():
     for folder, colour in (("A", "red"), ("B", "blue")):
         Path(folder).mkdir()
         Image.new("RGB", (30, 40), colour).save(Path(folder, "1.jpg"))
@@ -1164,8 +1164,11 @@ def test_every_kind_of_image_becomes_rgb(to_rgb):
 
 
 def test_files_are_found(tmp_path):
-    """Through links, but not in circles; not what starts with a dot."""
-    for name in "in/a.png in/b/a.png in/.hidden/a.png in/b/.a.png out/a.png in/notes.txt".split():
+    """Through links, but not in circles; not what starts with a dot, nor what a run draws."""
+    names = (
+        "in/a.png in/b/a.png in/.hidden/a.png in/b/.a.png out/a.png in/notes.txt in/run/args.json in/run/samples/a.png"
+    )
+    for name in names.split():
         Path(name).parent.mkdir(exist_ok=True, parents=True)
         Path(name).touch()
     os.symlink(tmp_path / "out", "in/link")
@@ -1203,15 +1206,16 @@ def test_images_are_measured(inception):
 
 def test_command_line(inception_file, capfd):
     """A folder, its .zip, its statistics, and two processes tell the same."""
-    save_noise("a", 10, (40, 40))
+    save_noise("a", 11, (40, 40))
     save_noise("b", 2, (20, 20))
-    shutil.make_archive("b", "zip", "b")
+    shutil.make_archive("a", "zip", "a")
     options = f"--device cpu --weights {inception_file}"
-    fid.main(f"a b.zip --save a.npz --batch-size 1 --workers 2 --kid --is --json {options}".split())
+    fid.main(f"a.zip b --save a.npz --batch-size 1 --workers 2 --kid --is --json {options}".split())
     alone = json.loads(capfd.readouterr().out)
-    assert alone["images"] == [10, 2] and alone["kid"] > 0 and alone["fid"] > 0
+    assert alone["images"] == [11, 2] and alone["kid"] > 0 and alone["fid"] > 0
     pair = start_two(HERE / "fid.py", *f"a a.npz --batch-size 2 --workers 0 --is --json {options}".split())
-    shared = json.loads(pair[0].communicate()[0])
+    outputs = [process.communicate(timeout=300)[0] for process in pair]
+    shared = json.loads(outputs[0])
     assert shared["fid"] < 1e-4 * alone["fid"]
     assert shared["is"] - 1 == pytest.approx(alone["is"] - 1, rel=1e-3)
 

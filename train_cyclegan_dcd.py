@@ -3,7 +3,7 @@
 A small student generator learns from a large teacher that is trained alongside it. Four feature maps of each, the taps,
 are compared not pixel by pixel but as the teacher's discriminator D_T sees them: each tap goes through a 1x1 connector
 and all layers of D_T but the last. D_T also judges the student's images. By default it starts from random weights and
-learns together with both generators: a trained D_T would be too strong an opponent for the small student.
+learns together with teacher and student: a trained D_T would be too strong an opponent for the small student.
 
     python train_cyclegan_dcd.py --toy                                    # no data needed, minutes on a laptop
     python train_cyclegan_dcd.py --data datasets/horse2zebra              # the paper's experiment
@@ -65,14 +65,14 @@ def parse_args(argv):
     number("--pool-size", 50, "past fakes that the discriminators see again, images", minimum=0)
     option("--distill", choices=("dcd", "pixel"), default="dcd", help="feature maps through D_T or pixel by pixel")
     number("--tap-size", 64, "shortest side of the maps given to D_T, pixels: smaller ones are enlarged", minimum=24)
-    option("--d-fakes", choices=D_FAKES, default="both", help="whose fakes D_T learns from; none: it stays as it is")
+    option("--d-fakes", choices=D_FAKES, default="both", help="whose fakes D_T learns from; none: D_T, D_A are frozen")
     option("--freeze-teacher", action="store_true", help="leave the teacher's generators as they are; D_T still learns")
     option, number = models.add_section(parser, "optimisation")
     number("--epochs", 400, "the student's passes through the data at full learning rate")
     number("--epochs-decay", 400, "further passes, the learning rate decaying to 0", minimum=0)
     number("--batch-size", 1, "images per process and step")
     number("--lr", 2e-4, "learning rate of Adam")
-    number("--ema", 0.0, "half-life of the student's moving average, images; 0: none")
+    number("--ema", 0.0, "half-life of the student's moving average, images; 0: a copy")
     models.add_run_options(parser, unit="epochs", eval_every=40, auto="")
 
     args, checkpoint = models.parse_run(parser, argv, NAME, TOY, budgets=("epochs", "epochs_decay"))
@@ -107,7 +107,7 @@ def train(args, checkpoint):
     models.load_given(args, checkpoint, networks, ["teacher_G", "teacher_F", "teacher_D", "teacher_D_A"])
 
     # Losses. The taps are the input of the first residual block and the outputs of the third, sixth and ninth, at a
-    # quarter of the image's side
+    # quarter of the image's side; connectors turn each into the 3 channels that D_T reads
     if args.distill == "dcd":
         distill_loss = DCDLoss(student_G.tap_channels, teacher_G.tap_channels, 3, args.tap_size)
     else:
@@ -127,10 +127,10 @@ def train(args, checkpoint):
 
     # Optimisers
     adam = functools.partial(torch.optim.Adam, lr=args.lr, betas=(0.5, 0.999), fused=True)
-    optimizer_G = adam([*teacher_G.parameters(), *teacher_F.parameters()])
+    optimizer_T = adam([*teacher_G.parameters(), *teacher_F.parameters()])
     optimizer_D = adam([*teacher_D.parameters(), *teacher_D_A.parameters()])
     optimizer_S = adam([*student_G.parameters(), *distill_loss.student_connectors.parameters()])
-    optimizers = dict(teacher_G=optimizer_G, teacher_D=optimizer_D, student_G=optimizer_S)
+    optimizers = dict(teacher_G=optimizer_T, teacher_D=optimizer_D, student_G=optimizer_S)
 
     # Steps
     global_batch = args.batch_size * world
@@ -150,7 +150,7 @@ def train(args, checkpoint):
             raise InputError(f"{out}: has already been trained for {first_step / epoch_steps:.3g} epochs")
     meter = Meter(own["losses"])
     pools = [ImagePool(args.pool_size, images) for images in own["pools"]]
-    pool_B, pool_A, pool_S = pools
+    pool_B, pool_A, pool_S = pools  # of G's, F's and G_S's fakes
     last_step = max(first_step, min(schedule_steps, args.max_steps or schedule_steps))
     models.open_output(args, first_step)
     items = range(first_step * global_batch, last_step * global_batch)
@@ -174,8 +174,8 @@ def train(args, checkpoint):
         lr = args.lr * min(1.0, steps_left / (decay_steps + 1))
         for optimizer in optimizers.values():
             optimizer.param_groups[0]["lr"] = lr
-        # The student learns at every step, the teacher and the discriminators at one in teacher_every. The released
-        # code alternates 10 epochs of the teacher with 40 of the student; here steps are interleaved, 1 to 4 too
+        # The student learns at every step, the teacher and the discriminators at one in teacher_every: 4, since the
+        # released code alternates 10 epochs of the teacher with 40 of the student
         teacher_step = (step - 1) % args.teacher_every == 0
         teacher_learns = teacher_step and not args.freeze_teacher
         # The discriminators are fixed while the generators learn
@@ -187,7 +187,7 @@ def train(args, checkpoint):
         #       + lambda_cycle (|F(G(x)) - x| + |G(F(y)) - y| + lambda_identity (|F(x) - x| + |G(y) - y|))
         if teacher_learns:
             with autocast():
-                # One pass of G for x and y, one of F for y, x and G(x), then G(F(y)): with instance norm, as one by one
+                # As one batch: x and y through G; y, x and G(x) through F; instance norm sees every image alone
                 images_B, taps_of_xy = teacher_G(torch.cat([real_A, real_B]), taps=True)
                 fake_B, idt_B = images_B[:n], images_B[n:]
                 fake_A, idt_A, rec_A = teacher_F(torch.cat([real_B, real_A, fake_B])).chunk(3)
@@ -196,9 +196,9 @@ def train(args, checkpoint):
             loss_cycle = l1_loss(rec_A, real_A) + l1_loss(rec_B, real_B)
             loss_identity = l1_loss(idt_A, real_A) + l1_loss(idt_B, real_B)
             loss_T = loss_gan + args.lambda_cycle * (loss_cycle + args.lambda_identity * loss_identity)
-            take_step(optimizer_G, loss_T)
+            take_step(optimizer_T, loss_T)
             meter.add(G_T_gan=loss_gan, G_T_cycle=loss_cycle, G_T_identity=loss_identity)
-            # The student learns from this same pass, of G as it was before the update
+            # Student and discriminators see these fakes and taps, of G and F before their update
             fake_A, fake_B = fake_A.detach(), fake_B.detach()
             teacher_taps = [tap[:n].detach() for tap in taps_of_xy]  # those of x
         else:
@@ -214,7 +214,7 @@ def train(args, checkpoint):
         fake_S, student_taps = student_G(real_A, taps=True)
         with autocast():
             loss_gan = generator_loss(teacher_D(fake_S), "lsgan")
-            loss_dcd = distill_loss(student_taps, teacher_taps, teacher_D.features)
+            loss_dcd = distill_loss(student_taps, teacher_taps, phi=teacher_D.features)
             loss_S = args.lambda_gan * loss_gan + args.lambda_dcd * loss_dcd
             if perceptual_loss:
                 loss_style, loss_feature = perceptual_loss(fake_S, fake_B)
@@ -224,8 +224,8 @@ def train(args, checkpoint):
         meter.add(G_S_gan=loss_gan, G_S_dcd=loss_dcd)
         update_ema(student_G_ema, student_G, ema_decay)
 
-        # Discriminators: (E[(D_T(y) - 1)^2] + E[D_T(fake)^2]) / 2, half of the fakes G's, half G_S's, as the paper's
-        # collaborative discriminator sees them. D_A, the teacher's alone, in the same way with x and F's fakes
+        # Discriminators: (E[(D_T(y) - 1)^2] + E[D_T(fake)^2]) / 2, half of the fakes G's, half G_S's: that makes D_T
+        # what the paper calls collaborative. D_A, the teacher's alone, in the same way with x and F's fakes
         if teacher_step and args.d_fakes != "none":
             teacher_D.requires_grad_(True)
             teacher_D_A.requires_grad_(True)

@@ -3,8 +3,8 @@
 A small student generator learns from a large teacher that is trained alongside it. Four feature maps of each, the taps,
 are compared not pixel by pixel but as the teacher's discriminator D_T sees them: each tap goes through a 1x1 connector
 and all layers of D_T but the last. D_T, which reads (input, image) pairs, also judges the student's images. By default
-it starts from random weights and learns together with both generators: a trained D_T would be too strong an opponent
-for the small student.
+it starts from random weights and learns together with teacher and student: a trained D_T would be too strong an
+opponent for the small student.
 
     python train_pix2pix_dcd.py --toy                                     # no data needed, minutes on a laptop
     python train_pix2pix_dcd.py --data datasets/edges2shoes               # the paper's experiment
@@ -65,14 +65,14 @@ def parse_args(argv):
     number("--teacher-every", 1, "the teacher and D_T learn at every N-th step of the student")
     option("--distill", choices=("dcd", "pixel"), default="dcd", help="feature maps through D_T or pixel by pixel")
     number("--tap-size", 64, "shortest side of the maps given to D_T, pixels: smaller ones are enlarged", minimum=24)
-    option("--d-fakes", choices=D_FAKES, default="both", help="whose fakes D_T learns from; none: it stays as it is")
+    option("--d-fakes", choices=D_FAKES, default="both", help="whose fakes D_T learns from; none: it is frozen")
     option("--freeze-teacher", action="store_true", help="leave the teacher's generator as it is; D_T still learns")
     option, number = models.add_section(parser, "optimisation")
     number("--epochs", 100, "passes through the data at full learning rate")
     number("--epochs-decay", 100, "further passes, the learning rate decaying to 0", minimum=0)
     number("--batch-size", 4, "images per process and step")
     number("--lr", 2e-4, "learning rate of Adam")
-    number("--ema", 0.0, "half-life of the student's moving average, images; 0: none")
+    number("--ema", 0.0, "half-life of the student's moving average, images; 0: a copy")
     models.add_run_options(parser, unit="epochs", eval_every=10, auto="")
 
     args, checkpoint = models.parse_run(parser, argv, NAME, TOY, budgets=("epochs", "epochs_decay"))
@@ -122,10 +122,10 @@ def train(args, checkpoint):
 
     # Optimisers
     adam = functools.partial(torch.optim.Adam, lr=args.lr, betas=(0.5, 0.999), fused=True)
-    optimizer_G = adam(teacher_G.parameters())
+    optimizer_T = adam(teacher_G.parameters())
     optimizer_D = adam(teacher_D.parameters())
     optimizer_S = adam([*student_G.parameters(), *distill_loss.student_connectors.parameters()])
-    optimizers = dict(teacher_G=optimizer_G, teacher_D=optimizer_D, student_G=optimizer_S)
+    optimizers = dict(teacher_G=optimizer_T, teacher_D=optimizer_D, student_G=optimizer_S)
 
     # Steps
     global_batch = args.batch_size * world
@@ -199,7 +199,7 @@ def train(args, checkpoint):
                 loss_gan = generator_loss(teacher_D(torch.cat([real_A, fake_B], 1)), "hinge")
             loss_l1 = l1_loss(fake_B, real_B)
             loss_T = loss_gan + args.lambda_l1 * loss_l1
-            take_step(optimizer_G, loss_T)
+            take_step(optimizer_T, loss_T)
             meter.add(G_T_gan=loss_gan, G_T_l1=loss_l1)
 
         # Student, with taps f_i, connectors c_i, and phi, which is D_T without its last layer:
@@ -209,7 +209,7 @@ def train(args, checkpoint):
         # L_feature are L1 distances in VGG16, of Gram matrices and of relu2_2
         with autocast():
             loss_gan = generator_loss(teacher_D(torch.cat([real_A, fake_S], 1)), "hinge")
-            loss_dcd = distill_loss(student_taps, teacher_taps, teacher_D.features)
+            loss_dcd = distill_loss(student_taps, teacher_taps, phi=teacher_D.features)
             loss_S = args.lambda_gan * loss_gan + args.lambda_dcd * loss_dcd
             if perceptual_loss:
                 loss_style, loss_feature = perceptual_loss(fake_S, fake_B)

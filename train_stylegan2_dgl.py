@@ -277,7 +277,7 @@ def build_pair(args, g_width, d_width):
 
 
 def lazy_adam(net, lr, weight, every):
-    """Adam for a network whose penalty, unless its weight is 0, has an extra step of its own after every k = every.
+    """Adam for a network whose penalty, unless its weight is 0, has an extra step of its own after k = every steps.
 
     k + 1 steps then do the work of k: lr * c and beta ** c with c = k / (k + 1) make up for it (StyleGAN2, appendix B).
     """
