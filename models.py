@@ -616,35 +616,22 @@ class SelfAttention(nn.Module):
         return x + self.gamma * self.o(attended)
 
 
-class ConditionalBatchNorm(nn.Module):
-    """BN(x) * (1 + gain(v)) + bias(v) for a condition v; make_map(channels) builds the two maps."""
+class BatchNorm(nn.Module):
+    """BN(x) * gain + bias, with parameters; or BN(x) * (1 + gain(v)) + bias(v), with maps of a condition v."""
 
-    def __init__(self, channels, make_map):
+    def __init__(self, channels, gain, bias):
         super().__init__()
-        self.gain = make_map(channels)
-        self.bias = make_map(channels)
+        self.gain, self.bias = gain, bias
         self.register_buffer("stored_mean", torch.zeros(channels))
         self.register_buffer("stored_var", torch.ones(channels))
 
-    def forward(self, x, v):
+    def forward(self, x, v=None):
+        if v is None:
+            return F.batch_norm(x, self.stored_mean, self.stored_var, self.gain, self.bias, self.training)
         normalised = F.batch_norm(x, self.stored_mean, self.stored_var, training=self.training)
         gain = (1 + self.gain(v)).to(x.dtype)
         bias = self.bias(v).to(x.dtype)
         return normalised * gain[:, :, None, None] + bias[:, :, None, None]
-
-
-class OutputBatchNorm(nn.Module):
-    """Batch norm with a learned gain and bias per channel: nn.BatchNorm2d in the checkpoints' names."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.gain = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-        self.register_buffer("stored_mean", torch.zeros(channels))
-        self.register_buffer("stored_var", torch.ones(channels))
-
-    def forward(self, x):
-        return F.batch_norm(x, self.stored_mean, self.stored_var, self.gain, self.bias, self.training)
 
 
 class GeneratorBlock(nn.Module):
@@ -655,8 +642,8 @@ class GeneratorBlock(nn.Module):
         self.conv1 = SpectralLayer(out_channels, in_channels, 3, 3)
         self.conv2 = SpectralLayer(out_channels, out_channels, 3, 3)
         self.conv_sc = SpectralLayer(out_channels, in_channels, 1, 1)
-        self.bn1 = ConditionalBatchNorm(in_channels, make_map)
-        self.bn2 = ConditionalBatchNorm(out_channels, make_map)
+        self.bn1 = BatchNorm(in_channels, make_map(in_channels), make_map(in_channels))
+        self.bn2 = BatchNorm(out_channels, make_map(out_channels), make_map(out_channels))
 
     def forward(self, x, v):
         h = F.interpolate(F.relu(self.bn1(x, v), inplace=True), scale_factor=2)
@@ -739,9 +726,9 @@ class BigGANGenerator(nn.Module):
             self.blocks.append(nn.ModuleList([GeneratorBlock(before, after, make_map)]))
             if 8 * 2**i == attention:
                 self.blocks[i].append(SelfAttention(after))
-        self.output_layer = nn.Sequential(
-            OutputBatchNorm(widths[-1]), nn.ReLU(inplace=True), SpectralLayer(3, widths[-1], 3, 3)
-        )
+        wide = widths[-1]
+        norm = BatchNorm(wide, nn.Parameter(torch.ones(wide)), nn.Parameter(torch.zeros(wide)))
+        self.output_layer = nn.Sequential(norm, nn.ReLU(inplace=True), SpectralLayer(3, wide, 3, 3))
 
     def forward(self, z, y):
         """Latents z (N, dim_z) from N(0, 1) and classes y -> images (N, 3, size, size) in [-1, 1], in z's type.
@@ -1110,18 +1097,12 @@ def unpickle_nvidia(file):
             raise InputError(f"it has a tensor of size {size} in {len(numbers)} numbers")
         return numbers.as_strided(size, stride, offset)
 
-    def rebuild_parameter(tensor, *_):
-        return tensor
-
-    def rebuild_module(meta):
-        return meta["state"]
-
     answers = {
-        "torch_utils.persistence._reconstruct_persistent_obj": rebuild_module,
+        "torch_utils.persistence._reconstruct_persistent_obj": lambda meta: meta["state"],
         "torch.storage._load_from_bytes": load_storage,
         "torch._utils._rebuild_tensor_v2": rebuild_tensor,
-        "torch._utils._rebuild_parameter": rebuild_parameter,
-        "torch._utils._rebuild_parameter_with_state": rebuild_parameter,
+        "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
+        "torch._utils._rebuild_parameter_with_state": lambda tensor, *_: tensor,
         "collections.OrderedDict": dict,
         "dnnlib.util.EasyDict": dict,
         "dnnlib.tflib.network.Network": Stub,
