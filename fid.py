@@ -219,6 +219,8 @@ def part_of(path):
     part.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield part
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

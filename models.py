@@ -809,20 +809,20 @@ def write_atomically(path, write):
 
 
 def load_file(path):
-    """Reads a checkpoint: a dictionary of tensors, containers, numbers, strings and argparse.Namespace; .pkl: NVIDIA's.
+    """Reads a checkpoint: a dictionary of tensors, containers, numbers, strings and argparse.Namespace; or NVIDIA's.
 
     Nothing in it is executed. Raises InputError when the file is missing, truncated, or holds anything else.
     """
     if not Path(path).is_file():
         raise InputError(f"{path}: not a file")
-    if Path(path).suffix.lower() == ".pkl":
+    if is_nvidia_pickle(path):
         return {name: pack(net) for name, net in load_nvidia(path).items()}
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises nearly anything on a file of another kind
         problem = f"not a checkpoint of plain tensors, or damaged ({type(error).__name__})"
-        raise InputError(f"{path}: {problem}; nothing in it was run; NVIDIA's files end in .pkl") from error
+        raise InputError(f"{path}: {problem}; nothing in it was run") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected a checkpoint, names to tensors, found {type(content).__name__}")
     return content
@@ -860,6 +860,11 @@ def adapt_reference_keys(state_dict):
     return adapted
 
 
+def read_config(record):
+    """The arguments of a packed network's __init__; without sn_eps, an option of BigGAN's that never acted."""
+    return {name: value for name, value in record.get("config", {}).items() if name != "sn_eps"}
+
+
 def load_weights(net, record, source):
     """Loads a network's weights strictly, the reference implementations' spelling included.
 
@@ -868,7 +873,7 @@ def load_weights(net, record, source):
         source: named in the message of the InputError for another class, script or direction (if net.facts say which),
             for a configuration that cannot be built, and for the first parameter that does not fit.
     """
-    name, config = type(net).__name__, record.get("config")
+    name, config = type(net).__name__, read_config(record)
     if record.get("network", name) != name:
         raise InputError(
             f"{source}: holds a {record['network']}, expected a {name}: choose another file or architecture"
@@ -946,6 +951,7 @@ def load_given(args, checkpoint, networks, teacher_names):
         networks[name].facts = dict(script=args.script, size=args.crop_size, direction=args.direction)
     if checkpoint:
         records = checkpoint["networks"]
+        records.setdefault("student_G_ema", records["student_G"])  # older runs had none without a half-life
     else:
         records = read_networks(args.teacher, teacher_names) | read_networks(args.student, ["student_G"])
     load_networks(networks, records)
@@ -985,7 +991,7 @@ def load_generator(path, device="cpu"):
     record = next(iter(read_networks([path], names).values()))
     classes = {cls.__name__: cls for cls in (ResnetGenerator, UnetGenerator, StyleGAN2Generator, BigGANGenerator)}
     try:
-        net = classes[record["network"]](**record["config"])
+        net = classes[record["network"]](**read_config(record))
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{path}: no generator that can be built ({error!r}), expected a student.pt") from error
     load_weights(net, record, path)
@@ -1042,6 +1048,13 @@ NVIDIA_OPTIONS = {  # what another value than ours makes of a network: what it i
     "another filter": (r"^resample_kernel$", [1, 3, 3, 1]),
     "another minibatch standard deviation": (r"\bmbstd(\.num_channel|_num_feature)s$", 1),
 }
+
+
+def is_nvidia_pickle(path):
+    """Whether the file is a plain pickle, as NVIDIA's are: it begins as neither a zip nor one of torch's."""
+    with open(path, "rb") as file:
+        start = file.read(32)
+    return start[:1] == b"\x80" and torch.serialization.MAGIC_NUMBER.to_bytes(10, "little") not in start
 
 
 def load_nvidia(path):

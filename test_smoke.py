@@ -458,7 +458,7 @@ train_cyclegan_dcd | --data gone | gone
 train_cyclegan_dcd | --data {bad}/header | 1.png: not a readable image
 train_cyclegan_dcd | --lr nan | --lr
 train_cyclegan_dcd | --teacher {bad}/code.pt | code.pt: not a checkpoint of plain tensors, or damaged
-train_cyclegan_dcd | --teacher {bad}/pickle.pkl | it asks for 'posix.system'
+train_cyclegan_dcd | --teacher {bad}/pickle.pt | it asks for 'posix.system'
 train_cyclegan_dcd | --teacher {bad}/narrow.pt | size mismatch for model.1.weight
 train_pix2pix_dcd | --teacher {bad}/narrow.pt --teacher-ngf 2 --freeze-teacher --d-fakes none | trained D_T too
 train_cyclegan_dcd | --student {bad}/facts.pt --direction BtoA | its direction is AtoB, expected BtoA
@@ -478,7 +478,7 @@ models | {bad}/student.pt {bad}/floats/float.tif out | float.tif: its values hav
 models | {bad}/student.pt {bad}/gone out | No such file or directory
 models | {bad}/half.pt a b | half.pt: not a checkpoint of plain tensors, or damaged
 models | {bad}/config.pt a b | config.pt: no generator that can be built (TypeError
-models | {bad}/pickle.pkl a b | it asks for 'posix.system', which no StyleGAN2 needs
+models | {bad}/pickle.pt a b | it asks for 'posix.system', which no StyleGAN2 needs
 models | missing.pt a b | missing.pt: not a file
 train_cyclegan_dcd | --teacher {bad}/five.pt | five.pt, read as teacher_G: does not fit this ResnetGenerator: 'int'
 train_cyclegan_dcd | --out {bad} | .pt: would be overwritten; choose another --out
@@ -492,7 +492,7 @@ fid | {bad}/odd/train {bad}/odd/val --weights {bad}/narrow.pt | not the weights 
 def bad(data, tmp_path_factory):
     root = tmp_path_factory.mktemp("bad")
     torch.save({"a": RunsCode()}, root / "code.pt")
-    (root / "pickle.pkl").write_bytes(pickle.dumps(RunsCode()))
+    (root / "pickle.pt").write_bytes(pickle.dumps(RunsCode()))
     torch.save(dict(network="ResnetGenerator", config={"ngf": "many"}, state_dict={}), root / "config.pt")
     torch.save(ResnetGenerator(ngf=2, separable=True).state_dict(), root / "narrow.pt")
     torch.save({"state_dict": 5}, root / "five.pt")
@@ -1042,6 +1042,14 @@ def test_pictures_are_drawn(name, finished, capsys):
         assert (first == of_one_class).all((1, 2, 3)).tolist() == [False, True, False]
 
 
+def test_older_biggan_files_are_read():
+    """Their configuration has an option that is gone."""
+    G = BigGANGenerator(32, 2, 2, attention=None)
+    G.config["sn_eps"] = 1e-8
+    models.save("student.pt", G)
+    assert same(models.load_generator("student.pt").state_dict(), G.state_dict())
+
+
 def snippet(start):
     text = (HERE / "README.md").read_text() + (HERE / ".github/RECIPES.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
@@ -1383,6 +1391,8 @@ def test_nvidias_files(write, nvidia_modules):
     assert_close(found["d"](images), D(images), rtol=1e-6, atol=1e-6)
     assert found["d"].config == D.config
     assert torch.equal(found["g_ema"].facts["latent_avg"], torch.arange(12.0)[None])
+    torch.save(D.state_dict(), "network.pkl")
+    assert models.load_file("network.pkl").keys() == D.state_dict().keys()
 
 
 def test_nvidias_refusals(nvidia_modules, capsys):
