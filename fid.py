@@ -9,8 +9,7 @@ antialiasing; but here transparency is shown on white, and EXIF orientation appl
 
     python fid.py real/ fake.zip                             # folders, .zip of images, .npz of statistics
     python fid.py real/ --save real.npz                      # keep the statistics of real/
-    python fid.py real/ fake/ --kid --json                   # KID too, one line of JSON
-    python fid.py fake/ --is                                 # Inception Score
+    python fid.py real/ fake/ --kid --is                     # KID too, and the Inception Score of real/
     torchrun --nproc-per-node 8 fid.py real.npz fake/        # several GPUs share the images out
 """
 
@@ -18,7 +17,6 @@ import argparse
 import contextlib
 import functools
 import hashlib
-import json
 import os
 import pathlib
 import sys
@@ -402,10 +400,8 @@ def kept_stats(name, batches, inception):
 def to_rgb(image):
     """Convert a PIL image of any mode to 8-bit RGB: turned as its EXIF data say, transparency on white.
 
-    Otherwise Pillow's conversion, but 16-bit grey is scaled, not clipped. Raises InputError for 32 bits. As in
-    models.py.
+    Otherwise Pillow's conversion, but 16-bit grey is scaled, not clipped.
     """
-    refuse_32_bits(image)
     image.load()
     with contextlib.suppress(Exception):  # damaged EXIF data count for none
         image = ImageOps.exif_transpose(image)
@@ -416,12 +412,6 @@ def to_rgb(image):
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
     return image.convert("RGB")
-
-
-def refuse_32_bits(image):
-    """Raise InputError for a PIL image of floats or 32-bit integers: black may be 0, and white 1, 255 or anything."""
-    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):  # those two have 16 bits
-        raise InputError("its values have 32 bits and no known range: save it with 8 or 16 bits")
 
 
 def find_files(folder, above=()):
@@ -498,6 +488,9 @@ class ImageFiles:
             else:
                 file = open(where, "rb")
             with file, Image.open(file) as image:
+                if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
+                    # Of floats and 32-bit integers black may be 0, and white 1, 255 or anything. Those two have 16 bits
+                    raise InputError("its values have 32 bits and no known range: save it with 8 or 16 bits")
                 yield image
         except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
             raise InputError(f"{where}: not a readable image ({first_line(error)})") from error
@@ -522,7 +515,6 @@ class ImageFiles:
         sizes = []
         for index in range(len(self)):
             with self._image(index) as image:
-                refuse_32_bits(image)
                 sizes.append(image.size)
         return sizes
 
@@ -617,9 +609,8 @@ def parse_args(argv):
     option("--workers", type=int, default=workers, help="processes that decode images (%(default)s)")
     option("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1 ...")
     option("--weights", "--inception", default="auto", help="auto (torch hub's cache, else download), or a path")
-    option("--json", action="store_true", help="print one line of JSON")
     args = parser.parse_args(argv)
-    if args.B is None and args.save is None and not args.score:
+    if not (args.B or args.save or args.score):
         parser.error("B is missing: give a second set of images or statistics, --save FILE.npz, or --is")
     if args.save and not args.save.endswith(".npz"):
         parser.error(f"--save {args.save}: the name has to end in .npz")
@@ -634,7 +625,7 @@ def run(args, device):
     """Measure, save and print what the parsed arguments ask for, as one of torch.distributed's processes."""
     # Open both sets before either is measured
     rank = processes()[0]
-    sources = [source for source in (args.A, args.B) if source is not None]
+    sources = [source for source in (args.A, args.B) if source]
     stats, files, kept = {}, {}, {}
     for source in sources:
         if source.endswith(".npz"):
@@ -662,22 +653,19 @@ def run(args, device):
     result = {"images": [stats[source].n for source in sources]}
     if args.save:
         stats[args.A].save(args.save)
-    if args.B is not None:
+    if args.B:
         a, b = stats[args.A], stats[args.B]
         result["fid"] = frechet_distance(a.mean, a.cov, b.mean, b.cov)
         for source in sources:
-            n = stats[source].n or WIDTH  # some files do not say
-            if n < WIDTH:
+            n = stats[source].n
+            if 0 < n < WIDTH:  # some files do not say: 0
                 print(f"warning: {n} images in {source}: FID is too high for fewer than {WIDTH}", file=sys.stderr)
     if args.kid:
         result["kid"], result["kid_std"] = kernel_distance(kept[args.A]["features"], kept[args.B]["features"])
     if args.score:
         result["is"], result["is_std"] = inception_score(kept[args.A]["logits"])
-    if args.json:
-        print(json.dumps(result))
-    else:
-        for name, value in result.items():
-            print(name, value)
+    for name, value in result.items():
+        print(name, value)
 
 
 def main(argv=None):

@@ -912,20 +912,17 @@ def read_networks(paths, names):
         return {}
     files = [load_file(path) for path in paths]
     content = files[0].get("networks", files[0])
-    by_name = "networks" in files[0] or not content.keys().isdisjoint([*names, "g", "d"])
-    if not by_name:
-        content = dict(zip(names, files, strict=False))
+    most, found = 1, " ".join(map(str, paths))
+    if content.keys().isdisjoint([*names, "g", "d"]):
+        most, content = len(names), dict(zip(names, files, strict=False))
     records = {}
-    for number, name in enumerate(names):
+    for name in names:
         if name in content:
-            path = paths[0] if by_name else paths[number]
-            own = content[name]
-            packed = isinstance(own, dict) and "state_dict" in own
-            record = own if packed else dict(state_dict=own)
-            records[name] = record | dict(source=f"{path}, read as {name}")
-    most = 1 if by_name else len(names)
-    if not records or len(paths) > most:
-        found = " ".join(map(str, paths))
+            record = content[name]
+            if not isinstance(record, dict) or "state_dict" not in record:
+                record = dict(state_dict=record)
+            records[name] = record | dict(source=f"{found}, read as {name}")
+    if not records or len(files) > most:
         raise InputError(f"{found}: expected {', '.join(names)}, a file each, or one that has them by these names")
     return records
 
@@ -959,11 +956,11 @@ def load_given(args, checkpoint, networks, teacher_names):
         raise InputError("--d-fakes none: --teacher needs its trained D_T too")
 
 
-def read_given(args):
+def read_pairs(args):
     """Reads the pairs of a DGL script's --teacher and --student -> {"teacher_d": what load_weights takes, ..}.
 
-    args take what the files' configurations say of them. Raises InputError for another --size, and for a pair without a
-    network that is needed: of a teacher D, of a student D, G and its average.
+    Raises InputError for another --size, and for a pair without a network that is needed: of a teacher D, of a student
+    D, G and its average.
     """
     records = {}
     for role, needed, useful in (("teacher", ["d"], "g_ema"), ("student", ["d", "g_ema", "g"], "path")):
@@ -972,11 +969,9 @@ def read_given(args):
             if pair and name not in pair:
                 raise InputError(f"--{role}: has no {name!r}, expected the networks g, d and g_ema")
         for name, record in pair.items():
-            config = record.get("config", {})
-            if args.size not in (None, config.get("size", args.size)):
-                raise InputError(f"--{role}: its images are of {config['size']} pixels, not of {args.size}")
-            for option in vars(args).keys() & config.keys():
-                setattr(args, option, config[option] or 0)  # on the command line None is 0
+            size = record.get("config", {}).get("size", args.size)
+            if size != args.size:
+                raise InputError(f"--{role}: its images are of {size} pixels, not of {args.size}: give --size {size}")
             records[f"{role}_{name}"] = record
     return records
 
@@ -1430,8 +1425,6 @@ def parse_run(parser, argv, name, toy, budgets):
         if not (out / "args.json").is_file():
             raise InputError(f"{out}: holds no run to go on with; leave out --resume to start one")
         defaults = json.loads((out / "args.json").read_text()) | dict(max_steps=None)
-        if defaults.get("script") != name:
-            raise InputError(f"{out}: is no run of train_{name}.py")
         if (out / "checkpoint.pt").exists():
             checkpoint = load_file(out / "checkpoint.pt")
             budgets = budgets[checkpoint.get("stage", 0) :]
@@ -1545,10 +1538,9 @@ def save_checkpoint(path, networks, optimizers, own, **content):
         return
     content |= {"ranks": ranks, "networks": {name: pack(net) for name, net in networks.items()}}
     content |= {"optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()}}
-    for name, record in content["networks"].items():
-        for key, value in record["state_dict"].items():
-            if not value.isfinite().all():
-                raise SystemExit(f"error: diverged, {name} {key} is not finite; the last checkpoint stays: {path}")
+    for name, net in networks.items():
+        if not all(value.isfinite().all() for value in net.state_dict().values()):
+            raise SystemExit(f"error: diverged, {name} is not finite; the last checkpoint stays: {path}")
     write_atomically(path, lambda file: torch.save(content, file))
 
 
@@ -1676,18 +1668,10 @@ def run_script(name, parse_args, work, argv=None):
 
 
 def to_rgb(image):
-    """A PIL image of any mode as 8-bit RGB: turned as its EXIF data say, transparency on white, 16 bits scaled.
-
-    Raises InputError for 32 bits, whose range can't be known. As in fid.py, which works without this file.
-    """
-    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):  # those two have 16 bits
-        raise InputError("its values have 32 bits and no known range: save it with 8 or 16 bits")
-    image.load()
-    with contextlib.suppress(Exception):  # damaged EXIF data count for none
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        grey = np.asarray(image)
-        image = Image.fromarray((grey / 257 + 0.5).astype(np.uint8))
+    """A PIL image as 8-bit RGB: turned as its EXIF data say, transparency on white. InputError for deeper grey."""
+    if image.mode[0] in "IF":
+        raise InputError("its grey values have 16 or 32 bits: save it with 8")
+    image = ImageOps.exif_transpose(image)
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
@@ -1748,8 +1732,6 @@ def translate_folder(net, source, target, size=None, pairs=False):
     size = net.facts.get("size", 0) if size is None else size
     if size:
         print(f"shorter sides of {size} pixels; --size 0: as they are")
-    else:
-        print("pictures keep their size; see --size")
     root, paths = source.parent, [source]
     if source.is_dir():
         known = Image.registered_extensions()

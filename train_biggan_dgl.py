@@ -42,11 +42,11 @@ def parse_args(argv):
     parser = models.run_parser(__doc__)
     option, number = models.add_section(parser, "data")
     option("--data", metavar="IMAGES", help="a folder a class, in a folder or .zip; with --resume if it has moved")
-    option("--size", type=int, choices=(32, 64, 128, 256), help="pixels of a side; by default the teacher's, or 128")
+    option("--size", type=int, choices=(32, 64, 128, 256), default=128, help="side of the images, pixels")
     option("--mirror", action=argparse.BooleanOptionalAction, default=False, help="flip half of the images, at random")
     option("--cache", metavar="FOLDER", help="for the resized images, 3 SIZE^2 bytes each; if not given OUT")
     option("--toy", action="store_true", help="small networks; without --data synthetic pictures, four shapes")
-    option, number = models.add_section(parser, "networks; files of ours keep their own sizes and widths")
+    option, number = models.add_section(parser, "networks; files of ours keep their own widths")
     option("--teacher", nargs="+", metavar="FILE", help="trained D [G_ema], or a teacher.pt of ours")
     option("--student", nargs=1, metavar="FILE", help="a stage1.pt or stage2.pt of ours to start from")
     number("--teacher-ch", 96, "channel multiplier of the teacher's networks")
@@ -97,13 +97,11 @@ def train(args, checkpoint):
         """uint8 on the host -> [-1, 1] on the device."""
         return images.to(device, memory_format=layout, non_blocking=True).float() / 127.5 - 1
 
-    # Networks: a pair is G and D, with G's moving average. From files that are given read_given copies size and widths
-    # into args
-    records = checkpoint["networks"] if checkpoint else models.read_given(args)
+    # Networks: a pair is G and D, with G's moving average. Files of ours and NVIDIA's have widths of their own
+    records = checkpoint["networks"] if checkpoint else models.read_pairs(args)
     for name in ("teacher_d", "student_d"):
         if name in records:
             check_classes(records[name].get("facts", {}).get("classes"), classes, name)
-    args.size = args.size or 128
     torch.manual_seed(args.seed)
     teacher = build_pair(args, args.teacher_ch, args.teacher_ch, classes)
     student = build_pair(args, args.student_ch, args.student_d_ch, classes)

@@ -43,11 +43,11 @@ def parse_args(argv):
     parser = models.run_parser(__doc__)
     option, number = models.add_section(parser, "data")
     option("--data", metavar="IMAGES", help="a folder, searched recursively, or .zip; with --resume if it moved")
-    option("--size", type=int, choices=SIZES, help="side of the images, pixels; by default the teacher's, or 256")
+    option("--size", type=int, choices=SIZES, default=256, help="side of the images, pixels")
     option("--mirror", action=argparse.BooleanOptionalAction, default=False, help="flip half of the images, at random")
     option("--cache", metavar="FOLDER", help="for the resized images, 3 SIZE^2 bytes each; if not given OUT")
     option("--toy", action="store_true", help="small networks; without --data synthetic pictures, round faces")
-    option, number = models.add_section(parser, "networks; our own files and NVIDIA's store their sizes and widths")
+    option, number = models.add_section(parser, "networks; files of ours and NVIDIA's keep their own widths")
     option("--teacher", nargs=1, metavar="FILE", help="NVIDIA's .pkl, rosinality's {g, d, g_ema}, or our teacher.pt")
     option("--student", nargs=1, metavar="FILE", help="starts stage 2: any of these, our stage1.pt or stage2.pt")
     number("--teacher-width", 1.0, "factor on the channels of the teacher's networks", minimum=1 / 512)
@@ -96,10 +96,8 @@ def train(args, checkpoint):
         """uint8 on the host -> [-1, 1] on the device."""
         return images.to(device, memory_format=layout, non_blocking=True).float() / 127.5 - 1
 
-    # Networks: a pair is G and D, with G's moving average. From files that are given read_given copies size and widths
-    # into args
-    records = checkpoint["networks"] if checkpoint else models.read_given(args)
-    args.size = args.size or 256
+    # Networks: a pair is G and D, with G's moving average. Files of ours and NVIDIA's have widths of their own
+    records = checkpoint["networks"] if checkpoint else models.read_pairs(args)
     torch.manual_seed(args.seed)
     teacher = build_pair(args, args.teacher_width, args.teacher_width)
     student = build_pair(args, args.student_width, args.student_d_width)
