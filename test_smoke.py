@@ -1,4 +1,4 @@
-"""Everything that can be checked in three minutes on a CPU: python -m pytest test_smoke.py
+"""Everything that can be checked in two minutes on a CPU: python -m pytest test_smoke.py
 
 The training scripts end to end on tiny data, the method against the papers' formulas, the networks against the
 reference implementations (keys, shapes, recorded outputs), losses, hostile files, commands, the documents' snippets.
@@ -738,7 +738,7 @@ def test_dgl_objective(name, data, finished):
 
 
 def test_stylegan2s_gradients(data, monkeypatch):
-    """Of D, R1, G and the path penalty, accumulated over a micro-batch that comes twice; with lr 0 the networks stay."""
+    """Of D, R1, G and the path penalty, over a micro-batch that comes twice; with lr 0 the networks stay."""
     script, draw, read = SCRIPTS["stylegan2_dgl"], SCRIPTS["stylegan2_dgl"].draw_images, models.share_batches
     first = []
 

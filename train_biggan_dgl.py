@@ -106,9 +106,8 @@ def train(args, checkpoint):
     teacher = build_pair(args, args.teacher_ch, args.teacher_ch, classes)
     student = build_pair(args, args.student_ch, args.student_d_ch, classes)
     networks = {f"student_{name}": net for name, net in student.items()}
-    trains_teacher = args.teacher_kimg > 0 and not checkpoint
     for name, net in teacher.items():  # of a given teacher what its files hold: D alone is needed
-        if trains_teacher or f"teacher_{name}" in records:
+        if args.teacher_kimg or f"teacher_{name}" in records:
             networks[f"teacher_{name}"] = net
     models.load_networks(networks, records)
     for net in networks.values():
@@ -388,10 +387,31 @@ class LabelledImages(Dataset):
 
 
 # What --toy changes; any flag on the command line wins over it.
-TOY = dict(size=32, teacher_ch=6, student_ch=4, student_d_ch=6, dim_z=32, shared_dim=16, attention=0)
-TOY |= dict(teacher_kimg=5.6, stage1_kimg=6.4, stage2_kimg=1.6, batch_size=16, accumulate=1, lr=1.2e-3, d_lr=1.2e-3)
-TOY |= dict(adam_eps=1e-8, ema_decay=0.98, ema_start=50, inception="none", eval_every=0, workers=0)
-TOY |= dict(log_every=50, sample_every=200, save_every=500)
+TOY = dict(
+    size=32,
+    teacher_ch=6,
+    student_ch=4,
+    student_d_ch=6,
+    dim_z=32,
+    shared_dim=16,
+    attention=0,
+    teacher_kimg=5.6,
+    stage1_kimg=6.4,
+    stage2_kimg=1.6,
+    batch_size=16,
+    accumulate=1,
+    lr=1.2e-3,
+    d_lr=1.2e-3,
+    adam_eps=1e-8,
+    ema_decay=0.98,
+    ema_start=50,
+    inception="none",
+    eval_every=0,
+    workers=0,
+    log_every=50,
+    sample_every=200,
+    save_every=500,
+)
 
 
 def write_toy_dataset(folder, size=32):
@@ -407,12 +427,14 @@ def write_toy_dataset(folder, size=32):
             image = Image.new("RGB", (scale, scale), ground)
             draw = ImageDraw.Draw(image)
             x, y = rng.uniform(0.42, 0.58, 2) * scale
-            radius, turn = rng.uniform(0.25, 0.36) * scale, rng.uniform(-15, 15)
+            radius = rng.uniform(0.25, 0.36) * scale
+            turn = rng.uniform(-15, 15)
             draw.regular_polygon((x, y, radius), n, turn, fill=tuple(colour.tolist()))
             if name == "moon":
                 box = (x - 0.3 * radius, y - 0.9 * radius, x + 1.5 * radius, y + 0.9 * radius)
                 draw.ellipse(box, fill=ground)
-            image.resize((size, size), Image.Resampling.LANCZOS).save(folder / name / f"{i:03d}.png")
+            image = image.resize((size, size), Image.Resampling.LANCZOS)
+            image.save(folder / name / f"{i:03d}.png")
 
 
 def main(argv=None):

@@ -418,9 +418,27 @@ class TestImages(Dataset):
 
 
 # What --toy changes; any flag on the command line wins over it.
-TOY = dict(epochs=9, epochs_decay=8, load_size=72, crop_size=64, batch_size=2, lr=4e-4, ema=100.0)
-TOY |= dict(teacher_ngf=16, student_ngf=8, ndf=16, lambda_dcd=10.0, lambda_style=0.0, lambda_feature=0.0)
-TOY |= dict(inception="none", eval_every=9, log_every=20, sample_every=160, save_every=320, workers=1)
+TOY = dict(
+    epochs=9,
+    epochs_decay=8,
+    load_size=72,
+    crop_size=64,
+    batch_size=2,
+    lr=4e-4,
+    ema=100.0,
+    teacher_ngf=16,
+    student_ngf=8,
+    ndf=16,
+    lambda_dcd=10.0,
+    lambda_style=0.0,
+    lambda_feature=0.0,
+    inception="none",
+    eval_every=9,
+    log_every=20,
+    sample_every=160,
+    save_every=320,
+    workers=1,
+)
 
 
 def write_toy_dataset(folder, size=104):
@@ -438,21 +456,25 @@ def write_toy_dataset(folder, size=104):
                 texture = np.kron(patches, np.ones((8, 8)))[..., None]
                 green = np.array([90, 150, 70]) + rng.normal(0, 12, 3)
                 noise = rng.normal(size=(size, size, 1))
-                image = picture(green + 14 * texture + 5 * noise).filter(ImageFilter.GaussianBlur(1.5))
+                ground = picture(green + 14 * texture + 5 * noise)
+                image = ground.filter(ImageFilter.GaussianBlur(1.5))
                 mask = Image.new("L", (size, size))
                 for _ in range(rng.integers(1, 3)):
                     x, y = rng.uniform(0.3, 0.7, 2) * size
                     rx, ry = rng.uniform(0.16, 0.28, 2) * size
-                    ImageDraw.Draw(mask).ellipse((x - rx, y - ry, x + rx, y + ry), fill=255)
+                    box = (x - rx, y - ry, x + rx, y + ry)
+                    ImageDraw.Draw(mask).ellipse(box, fill=255)
                 coat = np.array([190, 110, 50]) + rng.normal(0, 8, 3)
                 if domain == "B":
-                    bend = 4 * np.sin(np.arange(size) / 9 + rng.uniform(0, 6))
-                    wave = np.arange(size) + bend[:, None]
+                    places = np.arange(size)
+                    bend = 4 * np.sin(places / 9 + rng.uniform(0, 6))
+                    wave = places + bend[:, None]
                     stripes = np.sin(wave * 2 * np.pi / 12) > 0
                     coat = np.where(stripes, 225, 30)[..., None]
                 shade = np.linspace(1.1, 0.8, size)[:, None, None]
                 coat = picture(shade * coat * np.ones((size, size, 3)))
-                image.paste(coat, mask=mask.filter(ImageFilter.GaussianBlur(0.7)))
+                soft_mask = mask.filter(ImageFilter.GaussianBlur(0.7))
+                image.paste(coat, mask=soft_mask)
                 image.save(folder / f"{phase}{domain}" / f"{i:03d}.png")
 
 

@@ -408,9 +408,28 @@ class TestPairs(Dataset):
 
 
 # What --toy changes; any flag on the command line wins over it.
-TOY = dict(epochs=5, epochs_decay=5, load_size=72, crop_size=64, batch_size=2, lr=6e-4, ema=100.0, teacher_every=2)
-TOY |= dict(teacher_ngf=16, student_ngf=8, ndf=16, lambda_dcd=10.0, lambda_style=0.0, lambda_feature=0.0)
-TOY |= dict(inception="none", eval_every=5, log_every=20, sample_every=160, save_every=320, workers=0)
+TOY = dict(
+    epochs=5,
+    epochs_decay=5,
+    load_size=72,
+    crop_size=64,
+    batch_size=2,
+    lr=6e-4,
+    ema=100.0,
+    teacher_every=2,
+    teacher_ngf=16,
+    student_ngf=8,
+    ndf=16,
+    lambda_dcd=10.0,
+    lambda_style=0.0,
+    lambda_feature=0.0,
+    inception="none",
+    eval_every=5,
+    log_every=20,
+    sample_every=160,
+    save_every=320,
+    workers=0,
+)
 
 
 def write_toy_dataset(folder, size=104):
@@ -425,18 +444,19 @@ def write_toy_dataset(folder, size=104):
                 x, y = rng.uniform(0.22, 0.78, 2) * size
                 r = rng.uniform(0.12, 0.22) * size
                 n = (32, 3)[kind]
-                angles = rng.uniform(0, 2 * np.pi) + 2 * np.pi * np.arange(n) / n
+                turn = rng.uniform(0, 2 * np.pi)
+                angles = turn + 2 * np.pi * np.arange(n) / n
                 corners = [(x + r * np.cos(a), y + r * np.sin(a)) for a in angles]
                 mask = Image.new("L", (size, size))
                 ImageDraw.Draw(mask).polygon(corners, fill=255)
                 ys, xs = np.mgrid[:size, :size]
-                shade = np.clip(1.15 - ((xs - x) + (ys - y)) / (3 * r), 0.4, 1.3)
+                to_the_right_and_down = (xs - x) + (ys - y)
+                shade = np.clip(1.15 - to_the_right_and_down / (3 * r), 0.4, 1.3)
                 colour = np.array([(205, 60, 50), (60, 90, 200)][kind])
                 pixels = (shade[..., None] * colour).clip(0, 255).astype(np.uint8)
                 solid.paste(Image.fromarray(pixels), mask=mask)
-                ImageDraw.Draw(drawing).polygon(
-                    corners, fill="white", outline=((170, 20, 10), (10, 30, 160))[kind], width=2
-                )
+                outline = ((170, 20, 10), (10, 30, 160))[kind]
+                ImageDraw.Draw(drawing).polygon(corners, fill="white", outline=outline, width=2)
             both = Image.new("RGB", (2 * size, size))
             both.paste(drawing, (0, 0))
             both.paste(solid, (size, 0))

@@ -102,9 +102,8 @@ def train(args, checkpoint):
     teacher = build_pair(args, args.teacher_width, args.teacher_width)
     student = build_pair(args, args.student_width, args.student_d_width)
     networks = {f"student_{name}": net for name, net in student.items()}
-    trains_teacher = args.teacher_kimg > 0 and not checkpoint
     for name, net in teacher.items():  # of a given teacher what its files hold: D alone is needed
-        if trains_teacher or f"teacher_{name}" in records:
+        if args.teacher_kimg or f"teacher_{name}" in records:
             networks[f"teacher_{name}"] = net
     models.load_networks(networks, records)
     for net in networks.values():
@@ -369,15 +368,39 @@ class TrainingImages(Dataset):
 
 
 # What --toy changes; any flag on the command line wins over it. Left out for time: style mixing, path length.
-TOY = dict(size=32, teacher_width=1 / 32, student_width=1 / 64, student_d_width=1 / 32, style_dim=64, n_mlp=2)
-TOY |= dict(teacher_kimg=5.6, stage1_kimg=3.4, stage2_kimg=1.6, batch_size=8, lr=0.014, r1_gamma=4.0)
-TOY |= dict(style_mixing=0.0, path_weight=0.0, ema_kimg=0.5, mirror=True, inception="none", eval_every=0, workers=0)
-TOY |= dict(log_every=100, sample_every=500, save_every=500)
+TOY = dict(
+    size=32,
+    teacher_width=1 / 32,
+    student_width=1 / 64,
+    student_d_width=1 / 32,
+    style_dim=64,
+    n_mlp=2,
+    teacher_kimg=5.6,
+    stage1_kimg=3.4,
+    stage2_kimg=1.6,
+    batch_size=8,
+    lr=0.014,
+    r1_gamma=4.0,
+    style_mixing=0.0,
+    path_weight=0.0,
+    ema_kimg=0.5,
+    mirror=True,
+    inception="none",
+    eval_every=0,
+    workers=0,
+    log_every=100,
+    sample_every=500,
+    save_every=500,
+)
 
 
 def write_toy_dataset(folder, size=32):
     """Round faces: skin, hair, eyes and background of many colours, a mouth that smiles or not."""
     folder.mkdir(parents=True, exist_ok=True)
+    hairs = ((40, 26, 20), (120, 66, 26), (214, 172, 84), (150, 50, 26))
+    grounds = ((96, 140, 200), (120, 176, 120), (190, 150, 190), (210, 200, 150))
+    irises = ((30, 60, 120), (40, 84, 40), (40, 24, 16))
+    pale, dark = np.array([250, 214, 180]), np.array([120, 72, 44])
     for i in range(512):
         rng = np.random.default_rng(i)
         scale = 4 * size  # drawn four times larger and filtered down: smooth edges
@@ -389,14 +412,12 @@ def write_toy_dataset(folder, size=32):
             else:
                 draw.ellipse(box, fill=colour)
 
-        pale, dark = np.array([250, 214, 180]), np.array([120, 72, 44])
         mix = rng.random()
         skin = tuple((mix * pale + (1 - mix) * dark).astype(int))
-        hair = ((40, 26, 20), (120, 66, 26), (214, 172, 84), (150, 50, 26))[rng.integers(4)]
-        background = ((96, 140, 200), (120, 176, 120), (190, 150, 190), (210, 200, 150))[rng.integers(4)]
-        background = tuple((np.array(background) + rng.integers(-20, 21, 3)).tolist())
-        iris = ((30, 60, 120), (40, 84, 40), (40, 24, 16))[rng.integers(3)]
-        image = Image.new("RGB", (scale, scale), background)
+        hair = hairs[rng.integers(4)]
+        ground = np.array(grounds[rng.integers(4)]) + rng.integers(-20, 21, 3)
+        iris = irises[rng.integers(3)]
+        image = Image.new("RGB", (scale, scale), tuple(ground.tolist()))
         draw = ImageDraw.Draw(image)
         x, y = rng.uniform(0.46, 0.54, 2)
         radius = rng.uniform(0.34, 0.38)
@@ -405,9 +426,11 @@ def write_toy_dataset(folder, size=32):
         for side in (-1, 1):
             ellipse(draw, x + side * 0.15, y - 0.03, 0.1, 0.085, (245, 245, 245))
             ellipse(draw, x + side * 0.15, y - 0.03, 0.055, 0.065, iris)
-        width, depth = rng.uniform(0.14, 0.2), rng.uniform(0.06, 0.13)
+        width = rng.uniform(0.14, 0.2)
+        depth = rng.uniform(0.06, 0.13)
         ellipse(draw, x, y + 0.19, width, depth, (176, 40, 50), half=(0, 180))
-        image.resize((size, size), Image.Resampling.LANCZOS).save(folder / f"{i:04d}.png")
+        image = image.resize((size, size), Image.Resampling.LANCZOS)
+        image.save(folder / f"{i:04d}.png")
 
 
 def main(argv=None):
