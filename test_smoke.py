@@ -368,18 +368,18 @@ def start(command, environment=ENVIRONMENT):
 
 def test_a_signal_lets_the_step_finish(data):
     """Sent to the group, workers too, as a terminal does; what goes on is the run that was left alone, to the bit."""
-    name, number, options = "cyclegan_dcd", signal.SIGINT, "--epochs 9999 --log-every 2"
-    endless = arguments(name, data, "cut", options, "--save-every 9999 --workers 1")
-    process = start([sys.executable, HERE / f"train_{name}.py", *endless])
+    options = "--epochs 9999 --log-every 2"
+    endless = arguments("cyclegan_dcd", data, "cut", options, "--save-every 9999 --workers 1")
+    process = start([sys.executable, HERE / "train_cyclegan_dcd.py", *endless])
     while "step 4 " not in process.stdout.readline():
         assert process.poll() is None, process.stderr.read()
-    os.killpg(process.pid, number)
+    os.killpg(process.pid, signal.SIGINT)
     said, err = process.communicate(timeout=120)
     step = checkpoint("cut")["step"]
     assert step >= 4 and f"stopped after step {step}, saved; go on: --out" in said
-    assert process.returncode == 128 + number and err == "finishing the step and saving\n"
-    resume(name, "cut", f"--max-steps {step + 3} --workers 0")
-    run(name, data, "whole", options, f"--max-steps {step + 3}")
+    assert process.returncode == 128 + signal.SIGINT and err == "finishing the step and saving\n"
+    resume("cyclegan_dcd", "cut", f"--max-steps {step + 3} --workers 0")
+    run("cyclegan_dcd", data, "whole", options, f"--max-steps {step + 3}")
     assert same_runs("whole", "cut")
 
 
@@ -516,11 +516,9 @@ models | {bad}/narrow.pt a b | narrow.pt: no generator that can be built (KeyErr
 models | {bad}/student.pt {bad}/odd/train {bad}/odd/train | train exists: choose a new folder
 models | {bad}/student.pt {bad}/floats/float.tif out | float.tif: its grey values have 16 or 32 bits
 models | {bad}/student.pt {bad}/gone out | No such file or directory
-models | {bad}/half.pt a b | half.pt: not a checkpoint of plain tensors, or damaged
 models | {bad}/config.pt a b | config.pt: no generator that can be built (TypeError
 models | {bad}/pickle.pt a b | it asks for 'posix.system', which no StyleGAN2 needs
 models | missing.pt a b | missing.pt: not a file
-train_cyclegan_dcd | --teacher {bad}/five.pt | five.pt, read as teacher_G: does not fit this ResnetGenerator: 'int'
 train_cyclegan_dcd | --out {bad} | .pt: would be overwritten; choose another --out
 fid | {bad}/odd/train gone | gone: no such folder
 fid | {bad}/floats {bad}/odd/train | float.tif: not a readable image (its values have 32 bits
@@ -535,12 +533,10 @@ def bad(data, tmp_path_factory):
     (root / "pickle.pt").write_bytes(pickle.dumps(RunsCode()))
     torch.save(dict(network="ResnetGenerator", config={"ngf": "many"}, state_dict={}), root / "config.pt")
     torch.save(ResnetGenerator(ngf=2, separable=True).state_dict(), root / "narrow.pt")
-    torch.save({"state_dict": 5}, root / "five.pt")
     models.save(root / "student.pt", ResnetGenerator(ngf=2))
     G = ResnetGenerator(ngf=2, separable=True)
     G.facts = dict(direction="AtoB")
     models.save(root / "facts.pt", G)
-    (root / "half.pt").write_bytes((root / "student.pt").read_bytes()[:500])
     models.save(root / "pair.pt", dict(d=StyleGAN2Discriminator(8, width=0.01)))
     D = BigGANDiscriminator(32, 2, 2, None)
     D.facts = dict(classes=["x", "z"])
