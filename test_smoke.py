@@ -440,50 +440,44 @@ def free_port():
         return str(found.getsockname()[1])
 
 
-def start_two(*words):
-    """Starts Python as two processes of one group, as torchrun would."""
-    group = ENVIRONMENT | dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
-    return [start([sys.executable, *words], group | dict(RANK=rank)) for rank in "01"]
+PLAIN = "--distill pixel --teacher-every 1 --pool-size 0 --eval-every 2 --max-steps 4"
+SEVERAL = ("cyclegan_dcd", "stylegan2_dgl", "biggan_dgl")
 
 
-def test_two_processes(data, tmp_path, inception_file, capsys):
-    """Equal weights in both; resumed to the bit; as one process, where no batch norm and no random number is in it.
-
-    What fid.py says of a folder is what it says alone of a .zip.
-    """
-    plain = "--distill pixel --teacher-every 1 --pool-size 0 --eval-every 2 --max-steps 4"
-    runs = [("cyclegan_dcd", "plain", plain)]
-    several = ("cyclegan_dcd", "stylegan2_dgl", "biggan_dgl")
-    for name in several:
+@pytest.fixture(scope="session")
+def two_processes(data, inception_file, tmp_path_factory):
+    """The folder of runs by two processes, and of statistics, and what each of the two has printed."""
+    root = tmp_path_factory.mktemp("two")
+    runs = [("cyclegan_dcd", "plain", PLAIN)]
+    for name in SEVERAL:
         runs.append((name, f"{name}_whole", "--batch-size 2 --max-steps 4"))
         runs.append((name, f"{name}_cut", "--batch-size 2 --max-steps 2"))
         runs.append((name, f"{name}_cut", "--batch-size 2 --max-steps 4 --resume"))
     commands = []
     for name, out, options in runs:
-        commands.append((free_port(), f"train_{name}", arguments(name, data, tmp_path / out, options)))
-    save_noise("a", 11, (40, 40))
-    save_noise("b", 2, (20, 20))
-    shutil.make_archive("a", "zip", "a")
-    options = f"--is --device cpu --weights {inception_file}"
-    commands.append((free_port(), "fid", f"a --save two.npz --batch-size 2 --workers 0 {options}".split()))
-    pair = start_two("-c", TWO, json.dumps(commands))
-    outputs = [process.communicate(timeout=300) for process in pair]
-    hashes = [re.findall("^[0-9a-f]{64}$", errors, re.MULTILINE) for _, errors in outputs]
-    assert hashes[0] == hashes[1] and len(hashes[0]) == len(commands) and len(set(hashes[0])) == 7, outputs
-    fid.main(f"a.zip b --save one.npz --workers 2 --kid {options}".split())
-    found = measured(capsys.readouterr().out)
-    assert found["images"] == [11, 2] and found["kid"] > 0 and found["fid"] > 0
-    assert measured(outputs[0][0]) == dict(images=[11], **{"is": pytest.approx(found["is"], rel=1e-3)})
-    for one, two in zip(*map(fid.FeatureStats.load, ("one.npz", "two.npz")), strict=True):
-        np.testing.assert_allclose(one, two, rtol=1e-3, atol=1e-5)
-    for name in several:
-        assert same_runs(tmp_path / f"{name}_whole", tmp_path / f"{name}_cut"), name
-    one = run("cyclegan_dcd", data, tmp_path / "one", plain, "--batch-size 2")
-    assert log_lines(tmp_path / "plain") == [pytest.approx(line, rel=2e-3) for line in one]
-    moments = [first_moments(tmp_path / out, "student_G") for out in ("plain", "one")]
+        commands.append((free_port(), f"train_{name}", arguments(name, data, root / out, options)))
+    save_noise(root / "a", 11, (40, 40))
+    words = f"{root}/a --save {root}/a.npz --is --batch-size 2 --workers 0 --device cpu --weights {inception_file}"
+    commands.append((free_port(), "fid", words.split()))
+    group = ENVIRONMENT | dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
+    words = [sys.executable, "-c", TWO, json.dumps(commands)]
+    pair = [start(words, group | dict(RANK=rank)) for rank in "01"]
+    return root, [process.communicate(timeout=300) for process in pair]
+
+
+def test_two_processes(data, two_processes, capsys):
+    """Equal weights in both; resumed to the bit; as one process, where no batch norm and no random number is in it."""
+    root, printed = two_processes
+    hashes = [re.findall("^[0-9a-f]{64}$", errors, re.MULTILINE) for _, errors in printed]
+    assert hashes[0] == hashes[1] and len(set(hashes[0])) == 7, printed
+    for name in SEVERAL:
+        assert same_runs(root / f"{name}_whole", root / f"{name}_cut"), name
+    one = run("cyclegan_dcd", data, "one", PLAIN, "--batch-size 2")
+    assert log_lines(root / "plain") == [pytest.approx(line, rel=2e-3) for line in one]
+    moments = [first_moments(out, "student_G") for out in (root / "plain", "one")]
     # Adam itself would hide a gradient of the wrong length
     assert (moments[0] - moments[1]).norm() < 1e-2 * moments[1].norm()
-    error = refused(capsys, "train_cyclegan_dcd", f"--out {tmp_path}/plain --resume".split())
+    error = refused(capsys, "train_cyclegan_dcd", f"--out {root}/plain --resume".split())
     assert "the run has 2 processes, found 1: start as many" in error
 
 
@@ -1251,6 +1245,19 @@ def test_images_are_measured(inception):
     generated = fid.generated_stats([image * 2 - 1 for image in images], inception)
     for found in (stats, generated):
         np.testing.assert_allclose(found.mean, features.mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_command_line(two_processes, inception_file, capsys):
+    """A folder, and its .zip; two processes find what one does."""
+    root, printed = two_processes
+    save_noise("b", 2, (20, 20))
+    shutil.make_archive("a", "zip", root / "a")
+    fid.main(f"a.zip b --save a.npz --kid --is --workers 2 --device cpu --weights {inception_file}".split())
+    found = measured(capsys.readouterr().out)
+    assert found["images"] == [11, 2] and found["kid"] > 0 and found["fid"] > 0
+    assert measured(printed[0][0])["is"] - 1 == pytest.approx(found["is"] - 1, rel=1e-3)
+    for one, two in zip(*map(fid.FeatureStats.load, ("a.npz", root / "a.npz")), strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-3, atol=1e-5)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
