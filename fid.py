@@ -398,7 +398,7 @@ def kept_stats(name, batches, inception):
 
 
 def to_rgb(image):
-    """Convert a PIL image of any mode to 8-bit RGB: turned as its EXIF data say, transparency on white.
+    """Convert a PIL image of 8 or 16 bits to 8-bit RGB: turned as its EXIF data say, transparency on white.
 
     Otherwise Pillow's conversion, but 16-bit grey is scaled, not clipped.
     """
@@ -489,7 +489,7 @@ class ImageFiles:
                 file = open(where, "rb")
             with file, Image.open(file) as image:
                 if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
-                    # Of floats and 32-bit integers black may be 0, and white 1, 255 or anything. Those two have 16 bits
+                    # Of floats and 32-bit integers white may be 1, 255 or anything; in PNG and PPM an "I" has 16 bits
                     raise InputError("its values have 32 bits and no known range: save it with 8 or 16 bits")
                 yield image
         except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
@@ -605,8 +605,7 @@ def parse_args(argv):
     option("--is", dest="score", action="store_true", help="also the Inception Score of A (in 10 parts)")
     option("--size", type=int, help="first resize the images to SIZE x SIZE, as the training scripts do")
     option("--batch-size", type=int, default=50, help="images per forward pass (%(default)s)")
-    workers = min(4, os.cpu_count() or 1)
-    option("--workers", type=int, default=workers, help="processes that decode images (%(default)s)")
+    option("--workers", type=int, default=min(4, os.cpu_count() or 1), help="processes that decode (%(default)s)")
     option("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1 ...")
     option("--weights", "--inception", default="auto", help="auto (torch hub's cache, else download), or a path")
     args = parser.parse_args(argv)
@@ -614,7 +613,7 @@ def parse_args(argv):
         parser.error("B is missing: give a second set of images or statistics, --save FILE.npz, or --is")
     if args.save and not args.save.endswith(".npz"):
         parser.error(f"--save {args.save}: the name has to end in .npz")
-    if args.kid and (args.B is None or args.B.endswith(".npz")):
+    if args.kid and (not args.B or args.B.endswith(".npz")):
         parser.error("--kid needs a second set of images: give a folder or .zip file")
     if (args.kid or args.score) and args.A.endswith(".npz"):
         parser.error("--kid and --is need the images of A: give a folder or .zip file")
@@ -625,7 +624,7 @@ def run(args, device):
     """Measure, save and print what the parsed arguments ask for, as one of torch.distributed's processes."""
     # Open both sets before either is measured
     rank = processes()[0]
-    sources = [source for source in (args.A, args.B) if source]
+    sources = [source for source in (args.A, args.B) if source is not None]
     stats, files, kept = {}, {}, {}
     for source in sources:
         if source.endswith(".npz"):

@@ -912,18 +912,20 @@ def read_networks(paths, names):
         return {}
     files = [load_file(path) for path in paths]
     content = files[0].get("networks", files[0])
-    most, found = 1, " ".join(map(str, paths))
-    if content.keys().isdisjoint([*names, "g", "d"]):
-        most, content = len(names), dict(zip(names, files, strict=False))
+    given = " ".join(map(str, paths))
+    most = 1
+    if "networks" not in files[0] and content.keys().isdisjoint([*names, "g", "d"]):
+        most = len(names)
+        content = dict(zip(names, files, strict=False))
     records = {}
     for name in names:
         if name in content:
             record = content[name]
             if not isinstance(record, dict) or "state_dict" not in record:
                 record = dict(state_dict=record)
-            records[name] = record | dict(source=f"{found}, read as {name}")
+            records[name] = record | dict(source=f"{given}, read as {name}")
     if not records or len(files) > most:
-        raise InputError(f"{found}: expected {', '.join(names)}, a file each, or one that has them by these names")
+        raise InputError(f"{given}: expected {', '.join(names)}, a file each, or one that has them by these names")
     return records
 
 
@@ -959,8 +961,9 @@ def load_given(args, checkpoint, networks, teacher_names):
 def read_pairs(args):
     """Reads the pairs of a DGL script's --teacher and --student -> {"teacher_d": what load_weights takes, ..}.
 
-    Raises InputError for another --size, and for a pair without a network that is needed: of a teacher D, of a student
-    D, G and its average.
+    args take what the files' configurations say of them, so that a student is built as a given teacher, but for the
+    width. Raises InputError for another --size, and for a pair without a network that is needed: of a teacher D, of a
+    student D, G and its average.
     """
     records = {}
     for role, needed, useful in (("teacher", ["d"], "g_ema"), ("student", ["d", "g_ema", "g"], "path")):
@@ -969,9 +972,12 @@ def read_pairs(args):
             if pair and name not in pair:
                 raise InputError(f"--{role}: has no {name!r}, expected the networks g, d and g_ema")
         for name, record in pair.items():
-            size = record.get("config", {}).get("size", args.size)
+            config = record.get("config", {})
+            size = config.get("size", args.size)
             if size != args.size:
                 raise InputError(f"--{role}: its images are of {size} pixels, not of {args.size}: give --size {size}")
+            for option in vars(args).keys() & config.keys():
+                setattr(args, option, config[option] or 0)  # on the command line None is 0
             records[f"{role}_{name}"] = record
     return records
 
@@ -1425,6 +1431,8 @@ def parse_run(parser, argv, name, toy, budgets):
         if not (out / "args.json").is_file():
             raise InputError(f"{out}: holds no run to go on with; leave out --resume to start one")
         defaults = json.loads((out / "args.json").read_text()) | dict(max_steps=None)
+        if defaults.get("script") != name:
+            raise InputError(f"{out}: is no run of train_{name}.py")
         if (out / "checkpoint.pt").exists():
             checkpoint = load_file(out / "checkpoint.pt")
             budgets = budgets[checkpoint.get("stage", 0) :]
@@ -1668,10 +1676,18 @@ def run_script(name, parse_args, work, argv=None):
 
 
 def to_rgb(image):
-    """A PIL image as 8-bit RGB: turned as its EXIF data say, transparency on white. InputError for deeper grey."""
-    if image.mode[0] in "IF":
-        raise InputError("its grey values have 16 or 32 bits: save it with 8")
-    image = ImageOps.exif_transpose(image)
+    """A PIL image of any mode as 8-bit RGB: turned as its EXIF data say, transparency on white, 16 bits scaled.
+
+    Raises InputError for 32 bits, whose range can't be known. As in fid.py, which works without this file.
+    """
+    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):  # those two have 16 bits
+        raise InputError("its values have 32 bits and no known range: save it with 8 or 16 bits")
+    image.load()
+    with contextlib.suppress(Exception):  # damaged EXIF data count for none
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        grey = np.asarray(image)
+        image = Image.fromarray((grey / 257 + 0.5).astype(np.uint8))
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
@@ -1837,7 +1853,7 @@ def write_summary(out, step, scores, calls):
     """
     costs = {name: measure_cost(name, *call) for name, call in calls.items()}
     write_json(out / "summary.json", dict(steps=step, scores=scores) | costs)
-    print(f"generators, checkpoint.pt, samples/: in {out}")
+    print(f"everything is in {out}")
 
 
 def parse_args(argv):

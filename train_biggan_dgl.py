@@ -46,7 +46,7 @@ def parse_args(argv):
     option("--mirror", action=argparse.BooleanOptionalAction, default=False, help="flip half of the images, at random")
     option("--cache", metavar="FOLDER", help="for the resized images, 3 SIZE^2 bytes each; if not given OUT")
     option("--toy", action="store_true", help="small networks; without --data synthetic pictures, four shapes")
-    option, number = models.add_section(parser, "networks; files of ours keep their own widths")
+    option, number = models.add_section(parser, "networks; files of ours store theirs")
     option("--teacher", nargs="+", metavar="FILE", help="trained D [G_ema], or a teacher.pt of ours")
     option("--student", nargs=1, metavar="FILE", help="a stage1.pt or stage2.pt of ours to start from")
     number("--teacher-ch", 96, "channel multiplier of the teacher's networks")
@@ -97,7 +97,8 @@ def train(args, checkpoint):
         """uint8 on the host -> [-1, 1] on the device."""
         return images.to(device, memory_format=layout, non_blocking=True).float() / 127.5 - 1
 
-    # Networks: a pair is G and D, with G's moving average. Files of ours and NVIDIA's have widths of their own
+    # Networks: a pair is G and D, with G's moving average. What is given keeps its file's configuration, which read_pairs
+    # copies into args, so that a student is built as its teacher
     records = checkpoint["networks"] if checkpoint else models.read_pairs(args)
     for name in ("teacher_d", "student_d"):
         if name in records:

@@ -5,10 +5,10 @@ trained teacher, frozen. Neither the teacher's generator nor its features are ne
 is given; stage 1 trains the student from scratch as a plain StyleGAN2; stage 2 goes on from there with D_T's term: with
 it from the beginning training is unstable. With --student-width 1 --student-d-width 1 it improves an uncompressed one.
 
-    python train_stylegan2_dgl.py --toy                                              # no data needed, minutes
-    python train_stylegan2_dgl.py --data ffhq/ --mirror --teacher stylegan2-ffhq-config-f.pkl   # the paper's experiment
-    python train_stylegan2_dgl.py --data images.zip --size 256 --mirror              # stages 0, 1 and 2
-    torchrun --nproc_per_node 8 train_stylegan2_dgl.py --data ffhq/ --mirror --teacher ffhq.pkl --batch-size 4
+    python train_stylegan2_dgl.py --toy                                                   # no data needed, minutes
+    python train_stylegan2_dgl.py --data ffhq/ --size 1024 --mirror --teacher ffhq.pkl    # the paper's, NVIDIA's teacher
+    python train_stylegan2_dgl.py --data images.zip --size 256 --mirror                   # stages 0, 1 and 2
+    torchrun --nproc_per_node 8 train_stylegan2_dgl.py --data images.zip --size 256 --mirror --batch-size 4
 """
 
 import argparse
@@ -47,7 +47,7 @@ def parse_args(argv):
     option("--mirror", action=argparse.BooleanOptionalAction, default=False, help="flip half of the images, at random")
     option("--cache", metavar="FOLDER", help="for the resized images, 3 SIZE^2 bytes each; if not given OUT")
     option("--toy", action="store_true", help="small networks; without --data synthetic pictures, round faces")
-    option, number = models.add_section(parser, "networks; files of ours and NVIDIA's keep their own widths")
+    option, number = models.add_section(parser, "networks; files of ours and NVIDIA's store theirs")
     option("--teacher", nargs=1, metavar="FILE", help="NVIDIA's .pkl, rosinality's {g, d, g_ema}, or our teacher.pt")
     option("--student", nargs=1, metavar="FILE", help="starts stage 2: any of these, our stage1.pt or stage2.pt")
     number("--teacher-width", 1.0, "factor on the channels of the teacher's networks", minimum=1 / 512)
@@ -96,7 +96,8 @@ def train(args, checkpoint):
         """uint8 on the host -> [-1, 1] on the device."""
         return images.to(device, memory_format=layout, non_blocking=True).float() / 127.5 - 1
 
-    # Networks: a pair is G and D, with G's moving average. Files of ours and NVIDIA's have widths of their own
+    # Networks: a pair is G and D, with G's moving average. What is given keeps its file's configuration, which read_pairs
+    # copies into args, so that a student is built as its teacher
     records = checkpoint["networks"] if checkpoint else models.read_pairs(args)
     torch.manual_seed(args.seed)
     teacher = build_pair(args, args.teacher_width, args.teacher_width)
