@@ -334,6 +334,7 @@ def test_resume_is_exact(name, data, finished, tmp_path, monkeypatch):
         with monkeypatch.context() as patch, pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)):
             patch.setattr(models, "log", log_and_kill)
             run(name, data, out, "--workers 2")
+        assert checkpoint(out)["step"] == cut
         with open(out / "log.jsonl", "a") as file:
             file.write('{"step": 8, "from": "after the checkpoint"}\n{"step": 8, "torn')
         resume(name, out, "--workers 1")

@@ -97,8 +97,8 @@ def train(args, checkpoint):
         """uint8 on the host -> [-1, 1] on the device."""
         return images.to(device, memory_format=layout, non_blocking=True).float() / 127.5 - 1
 
-    # Networks: a pair is G and D, with G's moving average. What is given keeps its file's configuration, which read_pairs
-    # copies into args, so that a student is built as its teacher
+    # Networks: a pair is G and D, with G's moving average. What is given keeps its file's configuration,
+    # which read_pairs copies into args: a student is built as its teacher
     records = checkpoint["networks"] if checkpoint else models.read_pairs(args)
     for name in ("teacher_d", "student_d"):
         if name in records:

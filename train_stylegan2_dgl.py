@@ -6,7 +6,7 @@ is given; stage 1 trains the student from scratch as a plain StyleGAN2; stage 2 
 it from the beginning training is unstable. With --student-width 1 --student-d-width 1 it improves an uncompressed one.
 
     python train_stylegan2_dgl.py --toy                                                   # no data needed, minutes
-    python train_stylegan2_dgl.py --data ffhq/ --size 1024 --mirror --teacher ffhq.pkl    # the paper's, NVIDIA's teacher
+    python train_stylegan2_dgl.py --data ffhq/ --size 1024 --mirror --teacher ffhq.pkl    # the paper's, of NVIDIA's
     python train_stylegan2_dgl.py --data images.zip --size 256 --mirror                   # stages 0, 1 and 2
     torchrun --nproc_per_node 8 train_stylegan2_dgl.py --data images.zip --size 256 --mirror --batch-size 4
 """
@@ -96,8 +96,8 @@ def train(args, checkpoint):
         """uint8 on the host -> [-1, 1] on the device."""
         return images.to(device, memory_format=layout, non_blocking=True).float() / 127.5 - 1
 
-    # Networks: a pair is G and D, with G's moving average. What is given keeps its file's configuration, which read_pairs
-    # copies into args, so that a student is built as its teacher
+    # Networks: a pair is G and D, with G's moving average. What is given keeps its file's configuration,
+    # which read_pairs copies into args: a student is built as its teacher
     records = checkpoint["networks"] if checkpoint else models.read_pairs(args)
     torch.manual_seed(args.seed)
     teacher = build_pair(args, args.teacher_width, args.teacher_width)
