@@ -1477,15 +1477,29 @@ def open_output(args, step):
     out = Path(args.out)
     (out / "samples").mkdir(parents=True, exist_ok=True)
     if args.resume:
-        path = out / "log.jsonl"
-        path.touch()
-        whole = [line for line in path.read_text().splitlines() if line.endswith("}")]
-        kept = [line for line in whole if json.loads(line)["step"] <= step]
-        write_text(path, "".join(line + "\n" for line in kept))
+        kept = read_log(args, step)
+        write_text(out / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in kept))
         budgets = changes(args, json.loads((out / "args.json").read_text()))
         if budgets:
             log(args, dict(step=step) | budgets)
     write_json(out / "args.json", vars(args))
+
+
+def read_log(args, step):
+    """The entries up to a step of the log of a run that goes on, without a line that was cut off; none of a new run."""
+    path = Path(args.out, "log.jsonl")
+    if not (args.resume and path.exists()):
+        return []
+    entries = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    return [entry for entry in entries if entry["step"] <= step]
+
+
+def read_scores(args, step):
+    """The lowest fid_student of a run's evaluations up to a step, infinity without one, and the last one's scores."""
+    evaluations = [{}]
+    evaluations += [entry for entry in read_log(args, step) if "evaluation" in entry]
+    best = min(scores.get("fid_student", math.inf) for scores in evaluations)
+    return best, evaluations[-1]
 
 
 def write_json(path, content):

@@ -130,27 +130,19 @@ def train(args, checkpoint):
 
     # Resume, or begin; own is what each process has for itself
     torch.manual_seed(args.seed + rank)
-    first_step, best, scores = 0, math.inf, {}
-    own, optimizers = dict(losses={}), {}
+    first_step, own = 0, dict(losses={})
     if checkpoint:
         own = models.restore(checkpoint, networks, {})
-        first_step, best, scores = checkpoint["step"], checkpoint["best"], checkpoint["scores"]
+        first_step = checkpoint["step"]
         if first_step > stage_ends[checkpoint["stage"]]:
             raise InputError(f"{out}: stage {checkpoint['stage']} has already been longer than that")
+    best, scores = models.read_scores(args, first_step)
     meter = Meter(own["losses"])
     last_step = max(first_step, min(stage_ends[-1], args.max_steps or stage_ends[-1]))
     models.open_output(args, first_step)
     items = range(first_step * step_images, last_step * step_images)
     batches = iter(models.share_batches(dataset, args.batch_size, args.workers, items))
     say(f"{out}: steps {first_step} to {last_step} of {stage_ends[-1]}, {step_images} images each, {world} x {device}")
-
-    def save(step, stage):
-        models.broadcast_weights(networks.values())  # running statistics: an evaluation draws with rank 0's
-        own = dict(losses=meter.state())
-        record = dict(step=step, stage=stage, best=best, scores=scores)
-        models.save_checkpoint(out / "checkpoint.pt", networks, optimizers, own, **record)
-        if stage > 0:
-            models.save(out / "student.pt", student["g_ema"])
 
     models.defer_signals()
     pace = models.Pace(step_images, first_step, last_step)
@@ -235,7 +227,11 @@ def train(args, checkpoint):
                 name = BUDGETS[stage].removesuffix("_kimg")
                 models.save(out / f"{name}.pt", pair)
             if step % args.save_every == 0 or due or stage_over or last or stop_signal:
-                save(step, stage)
+                models.broadcast_weights(networks.values())  # running statistics: an evaluation draws with rank 0's
+                own = dict(losses=meter.state())
+                models.save_checkpoint(out / "checkpoint.pt", networks, optimizers, own, step=step, stage=stage)
+                if stage > 0:
+                    models.save(out / "student.pt", student["g_ema"])
             if stop_signal:
                 models.end_run(args, step, stop_signal)
 
@@ -244,13 +240,13 @@ def train(args, checkpoint):
                 measured = dict(generators)
                 if stage > 0 and "fid_teacher" in scores:
                     measured.pop("teacher")
+                scores |= dict(step=step, evaluation=True)
                 with models.interruptible():
-                    scores = scores | evaluate(measured, images, inception, to_device, args)
-                models.log(args, dict(step=step, evaluation=True) | scores)
+                    scores |= evaluate(measured, images, inception, to_device, args)
+                models.log(args, scores)
                 if scores.get("fid_student", math.inf) < best:
                     best = scores["fid_student"]
                     models.save(out / "best_student.pt", student["g_ema"])
-                save(step, stage)  # with the scores
                 pace.restart(step)
 
     if rank == 0:

@@ -141,13 +141,13 @@ def train(args, checkpoint):
 
     # Resume, or begin; own is what each process has for itself
     torch.manual_seed(args.seed + rank)
-    first_step, best, scores = 0, math.inf, {}
-    own = dict(losses={}, pools=[[], [], []])
+    first_step, own = 0, dict(losses={}, pools=[[], [], []])
     if checkpoint:
         own = models.restore(checkpoint, networks, optimizers)
-        first_step, best, scores = checkpoint["step"], checkpoint["best"], checkpoint["scores"]
+        first_step = checkpoint["step"]
         if first_step > schedule_steps:
             raise InputError(f"{out}: has already been trained for {first_step / epoch_steps:.3g} epochs")
+    best, scores = models.read_scores(args, first_step)
     meter = Meter(own["losses"])
     pools = [ImagePool(args.pool_size, images) for images in own["pools"]]
     pool_B, pool_A, pool_S = pools  # of G's, F's and G_S's fakes
@@ -156,12 +156,6 @@ def train(args, checkpoint):
     items = range(first_step * global_batch, last_step * global_batch)
     batches = iter(models.share_batches(dataset, args.batch_size, args.workers, items))
     say(f"{out}: steps {first_step} to {last_step} of {schedule_steps}, {epoch_steps} an epoch, on {world} x {device}")
-
-    def save(step):
-        own = dict(losses=meter.state(), pools=[pool.state() for pool in pools])
-        record = dict(step=step, best=best, scores=scores)
-        models.save_checkpoint(out / "checkpoint.pt", networks, optimizers, own, **record)
-        models.save(out / "student.pt", student_G_ema)
 
     models.defer_signals()
     pace = models.Pace(global_batch, first_step, last_step)
@@ -259,19 +253,21 @@ def train(args, checkpoint):
         stop_signal = models.stop_asked()
         due = args.eval_every and (step % (args.eval_every * epoch_steps) == 0 or last)
         if step % args.save_every == 0 or due or last or stop_signal:
-            save(step)
+            own = dict(losses=meter.state(), pools=[pool.state() for pool in pools])
+            models.save_checkpoint(out / "checkpoint.pt", networks, optimizers, own, step=step)
+            models.save(out / "student.pt", student_G_ema)
         if stop_signal:
             models.end_run(args, step, stop_signal)
 
         # Evaluate
         if due:
+            scores = dict(step=step, evaluation=True)
             with models.interruptible():
-                scores = evaluate(teacher_G, student_G_ema, test_A, test_B, inception, args.workers, to_device)
-            models.log(args, dict(step=step, evaluation=True) | scores)
+                scores |= evaluate(teacher_G, student_G_ema, test_A, test_B, inception, args.workers, to_device)
+            models.log(args, scores)
             if scores.get("fid_student", math.inf) < best:
                 best = scores["fid_student"]
                 models.save(out / "best_student.pt", student_G_ema)
-            save(step)  # with the scores
             pace.restart(step)
 
     if rank == 0:
