@@ -1421,8 +1421,8 @@ def parse_run(parser, argv, name, toy, budgets):
     and is neither FREE nor one of the budgets: of stages, those that are not over.
     """
     given = parser.parse_args(argv)
-    if not (given.data or given.toy or given.resume):
-        raise InputError("--data is missing; --toy needs none")
+    if not (given.data or given.toy or (given.resume and given.out)):
+        raise InputError("--data is missing; --toy needs none, nor does --resume with --out")
     source = Path(given.data).resolve().name.removesuffix(".zip") if given.data else "toy"
     out = Path(given.out or f"runs/{name}_{source}")
     defaults, checkpoint = {}, None
