@@ -1840,24 +1840,22 @@ def measure_cost(name, net, *inputs):
     convolutions and matrix products, "macs_published": as the compression papers count them, "milliseconds": the best
     of three calls}. The network is put in eval mode."""
     net.eval()
-    cost = dict(parameters=sum(p.numel() for p in net.parameters()))
+    exact = FlopCounterMode(display=False)
+    published = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution: published_conv_flops})
+    with exact, published:
+        net(*inputs)
+    macs, macs_published = exact.get_total_flops() // 2, published.get_total_flops() // 2
     times = []
-    published = {torch.ops.aten.convolution: published_conv_flops}
-    for count, counters in dict(macs={}, macs_published=published).items():
-        with FlopCounterMode(display=False, custom_mapping=counters) as counter:
-            net(*inputs)
-        cost[count] = counter.get_total_flops() // 2
     for _ in range(3):
         start = time.perf_counter()
         net(*inputs)
         if inputs[0].is_cuda:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    cost["milliseconds"] = 1000 * min(times)
-    millions, exact, published = cost["parameters"] / 1e6, cost["macs"] / 1e9, cost["macs_published"] / 1e9
-    counts = f"{millions:9.3f}M parameters{exact:9.3f}G MACs, exact{published:9.3f}G by DCD's counter"
-    print(f"{name:32}{counts}{cost['milliseconds']:10.1f} ms", flush=True)
-    return cost
+    parameters, milliseconds = sum(p.numel() for p in net.parameters()), 1000 * min(times)
+    counts = f"{macs / 1e9:9.3f}G MACs, exact{macs_published / 1e9:9.3f}G by DCD's counter"
+    print(f"{name:32}{parameters / 1e6:9.3f}M parameters{counts}{milliseconds:10.1f} ms", flush=True)
+    return dict(parameters=parameters, macs=macs, macs_published=macs_published, milliseconds=milliseconds)
 
 
 def write_summary(out, step, scores, calls):
