@@ -42,7 +42,6 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.utils import make_grid
 
 
 class InputError(ValueError):
@@ -1715,6 +1714,8 @@ def save_grid(path, blocks, columns=1):
         blocks: name to images (N, 3, H, W) in [-1, 1]. With columns=1 every block is a column and they stand side by
             side, else every block has rows of so many images and they stand one below the other.
     """
+    from torchvision.utils import make_grid  # here: it takes seconds to import, and nothing else in this file needs it
+
     pictures = []
     for name, images in blocks.items():
         grid = to_image(make_grid(images.float(), nrow=columns, pad_value=-1))
