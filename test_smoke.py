@@ -235,6 +235,7 @@ def finished(data, tmp_path_factory):
     return folder
 
 
+@pytest.mark.usefixtures("pair")  # from here on it runs beside the tests, on the second core
 @every_script
 def test_a_whole_run(name, data, finished):
     """The log and the files of a run; evaluations and samples leave it alone."""
@@ -300,8 +301,10 @@ def test_translations_score_as_the_log_says(small_inception, capsys):
     scores = run("cyclegan_dcd", Path(), "run", "--max-steps 2 --eval-every 9 --inception small")[-1]
     models.main("run/student.pt cyclegan_dcd/testA translated --device cpu".split())
     assert "shorter sides of 32 pixels" in capsys.readouterr().out
-    fid.main("translated cyclegan_dcd/testB --size 32 --device cpu --workers 0 --weights small".split())
-    assert measured(capsys.readouterr().out)["fid"] == pytest.approx(scores["fid_student"], rel=1e-4)
+    fid.main("translated cyclegan_dcd/testB --size 32 --kid --device cpu --workers 0 --weights small".split())
+    found = measured(capsys.readouterr().out)
+    assert found["fid"] == pytest.approx(scores["fid_student"], rel=1e-4) and found["images"] == [2, 2]
+    assert abs(found["kid"]) < 1
 
 
 @every_script
@@ -460,8 +463,8 @@ SEVERAL = ("cyclegan_dcd", "stylegan2_dgl", "biggan_dgl")
 
 
 @pytest.fixture(scope="session")
-def two_processes(data, inception_file, tmp_path_factory):
-    """The folder of runs by two processes, and of statistics, and what each of the two has printed."""
+def pair(data, inception_file, tmp_path_factory):
+    """Two processes, started, and the folder of their runs and statistics."""
     root = tmp_path_factory.mktemp("two")
     runs = [("cyclegan_dcd", "plain", PLAIN)]
     for name in SEVERAL:
@@ -476,8 +479,17 @@ def two_processes(data, inception_file, tmp_path_factory):
     commands.append((free_port(), "fid", words.split()))
     group = ENVIRONMENT | dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
     words = [sys.executable, "-c", TWO, json.dumps(commands)]
-    pair = [start(words, group | dict(RANK=rank)) for rank in "01"]
-    return root, [process.communicate(timeout=300) for process in pair]
+    processes = [start(words, group | dict(RANK=rank)) for rank in "01"]
+    yield root, processes
+    for process in processes:
+        process.kill()
+
+
+@pytest.fixture(scope="session")
+def two_processes(pair):
+    """The folder, and what each of the two has printed."""
+    root, processes = pair
+    return root, [process.communicate(timeout=300) for process in processes]
 
 
 def test_two_processes(data, two_processes, capsys):
@@ -1288,12 +1300,12 @@ def test_images_are_measured(inception):
 def test_command_line(two_processes, inception_file, capsys):
     """A folder, and its .zip; two processes find what one does."""
     root, printed = two_processes
-    save_noise("b", 2, (20, 20))
     shutil.make_archive("a", "zip", root / "a")
-    fid.main(f"a.zip b --save a.npz --kid --is --workers 2 --device cpu --weights {inception_file}".split())
+    fid.main(f"a.zip --save a.npz --is --workers 2 --device cpu --weights {inception_file}".split())
     found = measured(capsys.readouterr().out)
-    assert found["images"] == [11, 2] and found["kid"] > 0 and found["fid"] > 0
-    assert measured(printed[0][0])["is"] - 1 == pytest.approx(found["is"] - 1, rel=1e-3)
+    shared = measured(printed[0][0])
+    assert found["images"] == shared["images"] == [11]
+    assert shared["is"] - 1 == pytest.approx(found["is"] - 1, rel=1e-3)
     for one, two in zip(*map(fid.FeatureStats.load, ("a.npz", root / "a.npz")), strict=True):
         np.testing.assert_allclose(one, two, rtol=1e-3, atol=1e-5)
 
