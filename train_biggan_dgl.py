@@ -243,10 +243,10 @@ def train(args, checkpoint):
                 scores |= dict(step=step, evaluation=True)
                 with models.interruptible():
                     scores |= evaluate(measured, images, inception, to_device, args)
-                models.log(args, scores)
                 if scores.get("fid_student", math.inf) < best:
                     best = scores["fid_student"]
                     models.save(out / "best_student.pt", student["g_ema"])
+                models.log(args, scores)
                 pace.restart(step)
 
     if rank == 0:

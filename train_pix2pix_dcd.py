@@ -240,10 +240,10 @@ def train(args, checkpoint):
             scores = dict(step=step, evaluation=True)
             with models.interruptible():
                 scores |= evaluate(teacher_G, student_G_ema, test_set, inception, args.workers, to_device)
-            models.log(args, scores)
             if scores.get("fid_student", math.inf) < best:
                 best = scores["fid_student"]
                 models.save(out / "best_student.pt", student_G_ema)
+            models.log(args, scores)
             pace.restart(step)
 
     if rank == 0:
