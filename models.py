@@ -675,15 +675,18 @@ class DiscriminatorBlock(nn.Module):
 def biggan_channels(size, ch):
     """Channels of the generator's 4x4 start and after each of its blocks, and after each of the discriminator's."""
     factors = {
-        32: ((4, 4, 4, 4), (4, 4, 4, 4)),
-        64: ((16, 16, 8, 4, 2), (1, 2, 4, 8, 16)),
-        128: ((16, 16, 8, 4, 2, 1), (1, 2, 4, 8, 16, 16)),
-        256: ((16, 16, 8, 8, 4, 2, 1), (1, 2, 4, 8, 8, 16, 16)),
+        32: (4, 4, 4, 4),
+        64: (16, 16, 8, 4, 2),
+        128: (16, 16, 8, 4, 2, 1),
+        256: (16, 16, 8, 8, 4, 2, 1),
     }
     if size not in factors:
         raise ValueError(f"size is {size}, expected 32, 64, 128 or 256")
-    of_generator, of_discriminator = factors[size]
-    return [ch * factor for factor in of_generator], [ch * factor for factor in of_discriminator]
+    of_generator = [ch * factor for factor in factors[size]]
+    of_discriminator = of_generator[::-1]
+    if size == 64:  # no mirror image: (1, 2, 4, 8, 16), as released
+        of_discriminator = [ch, *of_discriminator[:-1]]
+    return of_generator, of_discriminator
 
 
 class BigGANGenerator(nn.Module):
@@ -1241,10 +1244,7 @@ def build_nvidia(role, flat):
     if not multipliers:
         raise InputError(f"channels of the blocks are {channels}: not StyleGAN2's of configuration e or f at any width")
     layer = "synthesis.b4.conv1" if generator else "b4.conv"
-    clamp = flat.get(f"{layer}.conv_clamp", flat.get("conv_clamp"))
-    for name, value in flat.items():
-        if name.endswith("conv_clamp") and ".skip." not in name and value != clamp:
-            raise InputError(f"layers with different limits: {name} is {value}, expected {clamp}")
+    clamp = flat.get(f"{layer}.conv_clamp", flat.get("conv_clamp"))  # the same in all layers
     common = dict(channel_multiplier=multipliers[0], width=width, conv_clamp=clamp)
     if generator:
         style_dim = weights["synthesis.b4.conv1.affine.weight"].shape[1]
