@@ -872,18 +872,18 @@ def load_weights(net, record, source):
 
     Args:
         record: what pack returns, and net becomes a network of that configuration; or a bare state dict that fits net.
-        source: named in the message of the InputError for another class, script or direction (if net.facts say which),
-            for a configuration that cannot be built, and for the first parameter that does not fit.
+        source: named in the message of the InputError for another class or direction (if both have one), for a
+            configuration that cannot be built, and for the first parameter that does not fit.
     """
     name, config = type(net).__name__, read_config(record)
     if record.get("network", name) != name:
         raise InputError(
             f"{source}: holds a {record['network']}, expected a {name}: choose another file or architecture"
         )
-    theirs, ours = record.get("facts", {}), getattr(net, "facts", {})
-    for fact in ("script", "direction"):
-        if fact in theirs and fact in ours and theirs[fact] != ours[fact]:
-            raise InputError(f"{source}: its {fact} is {theirs[fact]}, expected {ours[fact]}")
+    ours = getattr(net, "facts", {}).get("direction")
+    theirs = record.get("facts", {}).get("direction", ours)
+    if ours and theirs != ours:
+        raise InputError(f"{source}: its direction is {theirs}, expected {ours}")
     try:
         if config and config != net.config:
             training = net.training
@@ -949,7 +949,7 @@ def load_given(args, checkpoint, networks, teacher_names):
     Networks of other widths are rebuilt in place. teacher_names: in the order of --teacher's files.
     """
     for name in ("teacher_G", "student_G"):  # stored with their weights, and compared where they are loaded
-        networks[name].facts = dict(script=args.script, size=args.crop_size, direction=args.direction)
+        networks[name].facts = dict(size=args.crop_size, direction=args.direction)
     if checkpoint:
         records = checkpoint["networks"]
         records.setdefault("student_G_ema", records["student_G"])  # older runs had none without a half-life
