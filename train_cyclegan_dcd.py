@@ -66,10 +66,10 @@ def parse_args(argv):
     option("--distill", choices=("dcd", "pixel"), default="dcd", help="feature maps through D_T or pixel by pixel")
     number("--tap-size", 64, "shortest side of the maps given to D_T, pixels: smaller ones are enlarged", minimum=24)
     option("--d-fakes", choices=D_FAKES, default="both", help="whose fakes D_T learns from; none: D_T, D_A are frozen")
-    option("--freeze-teacher", action="store_true", help="leave the teacher's generators as they are; D_T still learns")
+    option("--freeze-teacher", action="store_true", help="leave the teacher's generators as they are; D_T learns")
     option, number = models.add_section(parser, "optimisation")
     number("--epochs", 400, "the student's passes through the data at full learning rate")
-    number("--epochs-decay", 400, "further passes, the learning rate decaying to 0", minimum=0)
+    number("--epochs-decay", 400, "further passes, the learning rate falling towards 0", minimum=0)
     number("--batch-size", 1, "images per process and step")
     number("--lr", 2e-4, "learning rate of Adam")
     number("--ema", 0.0, "half-life of the student's moving average, images; 0: a copy")
@@ -107,7 +107,7 @@ def train(args, checkpoint):
     models.load_given(args, checkpoint, networks, ["teacher_G", "teacher_F", "teacher_D", "teacher_D_A"])
 
     # Losses. The taps are the input of the first residual block and the outputs of the third, sixth and ninth, at a
-    # quarter of the image's side; connectors turn each into the 3 channels that D_T reads
+    # quarter of the image's side; connectors turn each into the 3 channels that D_T reads, then --tap-size enlarges it
     if args.distill == "dcd":
         distill_loss = DCDLoss(student_G.tap_channels, teacher_G.tap_channels, 3, args.tap_size)
     else:
@@ -125,7 +125,7 @@ def train(args, checkpoint):
     measures_fid = args.eval_every and args.inception != "none"
     inception = fid.load_inception(args.inception, device) if measures_fid else None
 
-    # Optimisers
+    # Optimisers; the teacher's connectors are in none of them
     adam = functools.partial(torch.optim.Adam, lr=args.lr, betas=(0.5, 0.999), fused=True)
     optimizer_T = adam([*teacher_G.parameters(), *teacher_F.parameters()])
     optimizer_D = adam([*teacher_D.parameters(), *teacher_D_A.parameters()])
@@ -203,9 +203,8 @@ def train(args, checkpoint):
         # L_S = lambda_gan E[(D_T(G_S(x)) - 1)^2] + lambda_dcd sum_i |phi(c_i^S(f_i^S)) - phi(c_i^T(f_i^T))|
         #       + lambda_style L_style(G_S(x), G(x)) + lambda_feature L_feature(G_S(x), G(x))
         # The teacher's connectors c_i^T stay random: if both learned, mapping all to zero would be optimal. L_style and
-        # L_feature are L1 distances in VGG16, of Gram matrices and of relu2_2. G_S is kept out of autocast: bf16 in its
-        # residual blocks would change the direction of its gradient
-        fake_S, student_taps = student_G(real_A, taps=True)
+        # L_feature are L1 distances in VGG16, of Gram matrices and of relu2_2
+        fake_S, student_taps = student_G(real_A, taps=True)  # no autocast: bf16 changes its gradient's direction
         with autocast():
             loss_gan = generator_loss(teacher_D(fake_S), "lsgan")
             loss_dcd = distill_loss(student_taps, teacher_taps, phi=teacher_D.features)
@@ -313,7 +312,7 @@ class ImagePool:
 
 @torch.no_grad()
 def evaluate(teacher_G, student_G, test_A, test_B, inception, workers, to_device):
-    """{"student_to_teacher": mean |G_S(x) - G_T(x)|} over the test images, and with an Inception network the Fréchet
+    """{"student_to_teacher": mean |G_S(x) - G(x)|} over the test images, and with an Inception network the Fréchet
     distances of both generators' translations to the real B, "fid_teacher" and "fid_student"."""
 
     def batches(dataset):

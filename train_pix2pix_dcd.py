@@ -66,10 +66,10 @@ def parse_args(argv):
     option("--distill", choices=("dcd", "pixel"), default="dcd", help="feature maps through D_T or pixel by pixel")
     number("--tap-size", 64, "shortest side of the maps given to D_T, pixels: smaller ones are enlarged", minimum=24)
     option("--d-fakes", choices=D_FAKES, default="both", help="whose fakes D_T learns from; none: it is frozen")
-    option("--freeze-teacher", action="store_true", help="leave the teacher's generator as it is; D_T still learns")
+    option("--freeze-teacher", action="store_true", help="leave the teacher's generator as it is; D_T learns")
     option, number = models.add_section(parser, "optimisation")
     number("--epochs", 100, "passes through the data at full learning rate")
-    number("--epochs-decay", 100, "further passes, the learning rate decaying to 0", minimum=0)
+    number("--epochs-decay", 100, "further passes, the learning rate falling towards 0", minimum=0)
     number("--batch-size", 4, "images per process and step")
     number("--lr", 2e-4, "learning rate of Adam")
     number("--ema", 0.0, "half-life of the student's moving average, images; 0: a copy")
@@ -120,7 +120,7 @@ def train(args, checkpoint):
     measures_fid = args.eval_every and args.inception != "none"
     inception = fid.load_inception(args.inception, device) if measures_fid else None
 
-    # Optimisers
+    # Optimisers; the teacher's connectors are in none of them
     adam = functools.partial(torch.optim.Adam, lr=args.lr, betas=(0.5, 0.999), fused=True)
     optimizer_T = adam(teacher_G.parameters())
     optimizer_D = adam(teacher_D.parameters())
@@ -277,8 +277,8 @@ def check(args):
 
 @torch.no_grad()
 def evaluate(teacher_G, student_G, test_set, inception, workers, to_device):
-    """{"mae_teacher": mean |G_T(x) - y|, "psnr_teacher": dB, the same of the student, "student_to_teacher": mean
-    |G_S(x) - G_T(x)|} over the test pairs, and with an Inception network the Fréchet distances "fid_teacher"
+    """{"mae_teacher": mean |G(x) - y|, "psnr_teacher": dB, the same of the student, "student_to_teacher": mean
+    |G_S(x) - G(x)|} over the test pairs, and with an Inception network the Fréchet distances "fid_teacher"
     and "fid_student"."""
 
     def pairs():
