@@ -46,7 +46,7 @@ def parse_args(argv):
     option("--mirror", action=argparse.BooleanOptionalAction, default=False, help="flip half of the images, at random")
     option("--cache", metavar="FOLDER", help="for the resized images, 3 SIZE^2 bytes each; if not given OUT")
     option("--toy", action="store_true", help="small networks; without --data synthetic pictures, four shapes")
-    option, number = models.add_section(parser, "networks; files of ours store theirs")
+    option, number = models.add_section(parser, "networks; what files of ours store wins")
     option("--teacher", nargs="+", metavar="FILE", help="trained D [G_ema], or a teacher.pt of ours")
     option("--student", nargs=1, metavar="FILE", help="a stage1.pt or stage2.pt of ours to start from")
     number("--teacher-ch", 96, "channel multiplier of the teacher's networks")

@@ -45,7 +45,7 @@ def parse_args(argv):
     number("--crop-size", 256, "side of the random crops, pixels, a multiple of 4", minimum=24)
     option("--load-size", type=at_least(24), help="images are first resized to this square; crop size * 286/256")
     option("--toy", action="store_true", help="small networks; without --data synthetic pictures, plain to striped")
-    option, number = models.add_section(parser, "networks; our own files store their widths")
+    option, number = models.add_section(parser, "networks; what files of ours store wins")
     option("--teacher", nargs="+", metavar="FILE", help="G [F [D_T [D_A]]] (CycleGAN's G_A G_B D_A D_B), checkpoint.pt")
     option("--student", nargs=1, metavar="FILE", help="a student.pt or checkpoint.pt of ours to start from")
     option("--teacher-arch", choices=ARCHS, default=ARCHS[0], help="the teacher's generators")

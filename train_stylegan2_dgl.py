@@ -47,7 +47,7 @@ def parse_args(argv):
     option("--mirror", action=argparse.BooleanOptionalAction, default=False, help="flip half of the images, at random")
     option("--cache", metavar="FOLDER", help="for the resized images, 3 SIZE^2 bytes each; if not given OUT")
     option("--toy", action="store_true", help="small networks; without --data synthetic pictures, round faces")
-    option, number = models.add_section(parser, "networks; files of ours and NVIDIA's store theirs")
+    option, number = models.add_section(parser, "networks; what files of ours and NVIDIA's store wins")
     option("--teacher", nargs=1, metavar="FILE", help="NVIDIA's .pkl, rosinality's {g, d, g_ema}, or our teacher.pt")
     option("--student", nargs=1, metavar="FILE", help="starts stage 2: any of these, our stage1.pt or stage2.pt")
     number("--teacher-width", 1.0, "factor on the channels of the teacher's networks", minimum=1 / 512)
